@@ -1,0 +1,187 @@
+"""The canvas: one row of tokens for every task, and the noise level of each token.
+
+A *window* is one run of positions of one modality that is written together (the image, the
+instruction, the answer). Padding is per window: a window occupies the same columns in every row, so
+positions, logits and caches are rectangular slices. The canvas knows nothing of particular
+modalities, tokenizers or tasks.
+"""
+
+from dataclasses import dataclass, fields, replace
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from multimodal_dlm.errors import CanvasError
+from multimodal_dlm.vocabulary import UnifiedVocabulary
+
+STRUCTURE_WINDOW = 0
+
+
+@dataclass(frozen=True)
+class Canvas:
+    """A batch of token rows and everything a backbone or a sampler may know about them.
+
+    Args:
+        input_ids: Unified ids.
+        window_ids: Window of each position; 0 is structure (`<boi>`), which has no noise group.
+        modality_ids: Index into `vocabulary.modalities`.
+        position_ids: Rotary coordinates, one per axis (sequence, row, column).
+        order: Attention order: a query sees keys of the same or a lower order.
+        document_ids: Rows packed into one row do not see each other.
+        is_free: The sampler may write it, the loss may count it; constant during a run.
+        is_padding: Only makes the batch rectangular: never attended, masked, counted or written.
+    """
+
+    input_ids: Int[Tensor, "batch length"]
+    window_ids: Int[Tensor, "batch length"]
+    modality_ids: Int[Tensor, "batch length"]
+    position_ids: Int[Tensor, "batch length axes"]
+    order: Int[Tensor, "batch length"]
+    document_ids: Int[Tensor, "batch length"]
+    is_free: Bool[Tensor, "batch length"]
+    is_padding: Bool[Tensor, "batch length"]
+
+    @property
+    def batch_size(self) -> int:
+        """Number of rows."""
+        return self.input_ids.shape[0]
+
+    @property
+    def length(self) -> int:
+        """Number of columns."""
+        return self.input_ids.shape[1]
+
+    @property
+    def device(self) -> torch.device:
+        """Device of the tensors."""
+        return self.input_ids.device
+
+    def replace(self, **tensors: Tensor) -> "Canvas":
+        """A copy with some tensors exchanged."""
+        return replace(self, **tensors)
+
+    def to(self, device: torch.device | str) -> "Canvas":
+        """A copy on another device."""
+        return Canvas(**{part.name: getattr(self, part.name).to(device) for part in fields(self)})
+
+    def select_rows(self, index: Tensor | slice) -> "Canvas":
+        """A copy holding some rows, by slice, integer index or boolean mask."""
+        return Canvas(**{part.name: getattr(self, part.name)[index] for part in fields(self)})
+
+    def windows(self) -> list[int]:
+        """Ids of the windows present, structure excluded, in canvas order."""
+        return _window_runs(self.window_ids)[0]
+
+    def window_slice(self, window_id: int) -> slice:
+        """Columns of a window, the same in every row."""
+        ids, slices = _window_runs(self.window_ids)
+        if window_id not in ids:
+            raise CanvasError(f"The canvas has no window {window_id}; it has {ids}.")
+        return slices[ids.index(window_id)]
+
+    def free_windows(self) -> list[int]:
+        """Ids of the windows with a free position in some row, in canvas order."""
+        is_free = self.is_free.any(dim=0)
+        return [w for w in self.windows() if bool(is_free[self.window_slice(w)].any())]
+
+    def window_modality(self, window_id: int) -> int:
+        """Modality index of a window."""
+        return int(self.modality_ids[0, self.window_slice(window_id).start])
+
+    def validate(self, vocabulary: UnifiedVocabulary) -> "Canvas":
+        """Check the invariants and return the canvas itself.
+
+        Raises:
+            CanvasError: When shapes differ, padding is free, structure is free, a window is torn
+                or mixes modalities, a final id belongs to another modality, or an id is unknown.
+        """
+        shape = self.input_ids.shape
+        for part in fields(self):
+            if getattr(self, part.name).shape[:2] != shape:
+                raise CanvasError(
+                    f"`{part.name}` must have shape {tuple(shape)} like `input_ids`; got"
+                    f" {tuple(getattr(self, part.name).shape)}."
+                )
+        if bool((self.is_free & self.is_padding).any()):
+            raise CanvasError("A padding position may not be free; mark it one or the other.")
+        if bool((self.is_free & (self.window_ids == STRUCTURE_WINDOW)).any()):
+            raise CanvasError("A structure position (window 0) may not be free.")
+        if bool((self.window_ids != self.window_ids[:1]).any()):
+            raise CanvasError("A window must occupy the same columns in every row.")
+        for window in self.windows():
+            part = self.window_slice(window)
+            if bool((self.window_ids[0, part] != window).any()):
+                raise CanvasError(f"Window {window} must be one run of columns.")
+            if bool((self.modality_ids[:, part] != self.modality_ids[:1, part.start]).any()):
+                raise CanvasError(f"Window {window} must hold one modality only.")
+        _check_ids(self, vocabulary)
+        return self
+
+
+def noise_levels(canvas: Canvas, vocabulary: UnifiedVocabulary) -> Float[Tensor, "batch length"]:
+    """Noise level of each token: the realised masked share of its noise group; 0 if it is known.
+
+    A noise group is the part of a window with one attention order (the whole window unless it is
+    written in blocks), in one document. Frozen masks count; padding does not. Training and
+    inference call this one function, so the backbone never sees which mask schedule is used.
+
+    Returns:
+        float32 levels in [0, 1], shape (batch, length).
+    """
+    is_masked = vocabulary.is_masked(canvas.input_ids) & ~canvas.is_padding
+    groups = _group_keys(canvas)
+    num_groups = int(groups.max()) + 1 if groups.numel() else 1
+    zeros = torch.zeros(num_groups * canvas.batch_size, device=canvas.device)
+    rows = torch.arange(canvas.batch_size, device=canvas.device)[:, None] * num_groups
+    flat = (groups + rows).flatten()
+    masked = zeros.scatter_add(0, flat, is_masked.flatten().float())
+    total = zeros.scatter_add(0, flat, (~canvas.is_padding).flatten().float())
+    share = (masked / total.clamp(min=1))[flat].view(groups.shape)
+    return share * is_masked
+
+
+def _group_keys(canvas: Canvas) -> Int[Tensor, "batch length"]:
+    """A small non-negative integer naming (document, window, order) at each position."""
+    num_windows = int(canvas.window_ids.max()) + 1 if canvas.window_ids.numel() else 1
+    num_orders = int(canvas.order.max()) + 1 if canvas.order.numel() else 1
+    documents = canvas.document_ids * num_windows + canvas.window_ids
+    return documents * num_orders + canvas.order
+
+
+def _window_runs(window_ids: Int[Tensor, "batch length"]) -> tuple[list[int], list[slice]]:
+    """Windows and their columns, read from the first row."""
+    ids: list[int] = []
+    slices: list[slice] = []
+    row = window_ids[0].tolist() if window_ids.shape[0] else []
+    for column, window in enumerate(row):
+        if window == STRUCTURE_WINDOW:
+            continue
+        if window in ids:
+            known = slices[ids.index(window)]
+            slices[ids.index(window)] = slice(known.start, column + 1)
+        else:
+            ids.append(window)
+            slices.append(slice(column, column + 1))
+    return ids, slices
+
+
+def _check_ids(canvas: Canvas, vocabulary: UnifiedVocabulary) -> None:
+    """Refuse ids that are unknown or that belong to another modality than their window."""
+    ids = canvas.input_ids
+    if ids.numel() and (int(ids.min()) < 0 or int(ids.max()) >= vocabulary.vocab_size):
+        raise CanvasError(
+            f"`input_ids` must lie in 0..{vocabulary.vocab_size - 1}; got"
+            f" {int(ids.min())}..{int(ids.max())}."
+        )
+    for window in canvas.windows():
+        part = canvas.window_slice(window)
+        modality = vocabulary.modalities[canvas.window_modality(window)]
+        columns = vocabulary.columns(modality)
+        inside = (ids[:, part] >= columns.start) & (ids[:, part] < columns.stop)
+        known = inside | vocabulary.is_masked(ids[:, part]) | canvas.is_padding[:, part]
+        if not bool(known.all()):
+            raise CanvasError(
+                f"Window {window} holds `{modality}`, ids {columns.start}..{columns.stop - 1} or a"
+                f" mask; got id {int(ids[:, part][~known][0])}."
+            )

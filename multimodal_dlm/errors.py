@@ -1,0 +1,56 @@
+"""The exceptions of the library. Every message holds the name, the rule, the value and the remedy.
+
+    MultimodalDLMError
+    ├── ConfigError (ValueError)       an option, a name or an argument is wrong
+    ├── VocabularyError (ValueError)   an id, a segment or a modality does not exist
+    ├── CanvasError (ValueError)       a canvas breaks one of its invariants
+    ├── BackendError (ValueError)      an attention backend cannot do what is asked
+    ├── DataError (ValueError)         a shard, a sample or a manifest is unusable
+    └── CheckpointError                a saved file is missing, changed or from elsewhere
+"""
+
+import difflib
+from collections.abc import Iterable
+
+
+class MultimodalDLMError(Exception):
+    """Base of every error this library raises on purpose."""
+
+
+class ConfigError(MultimodalDLMError, ValueError):
+    """An option, a name or an argument is wrong."""
+
+
+class VocabularyError(MultimodalDLMError, ValueError):
+    """An id, a segment or a modality is not in the vocabulary."""
+
+
+class CanvasError(MultimodalDLMError, ValueError):
+    """A canvas breaks one of its invariants."""
+
+
+class BackendError(MultimodalDLMError, ValueError):
+    """An attention backend cannot take the device, the dtype or the plan."""
+
+
+class DataError(MultimodalDLMError, ValueError):
+    """A shard, a sample or a manifest is unusable; the message names shard and key."""
+
+
+class CheckpointError(MultimodalDLMError):
+    """A saved file is missing, changed since it was written, or made for something else."""
+
+
+def nearest_match(name: str, options: Iterable[str]) -> str:
+    """Return a sentence naming the option closest to `name`, or an empty string."""
+    close = difflib.get_close_matches(name, list(options), n=1, cutoff=0.5)
+    return f" Did you mean `{close[0]}`?" if close else ""
+
+
+def unknown_name(kind: str, name: str, options: Iterable[str]) -> ConfigError:
+    """Build the error for a name that is not among `options`."""
+    known = sorted(options)
+    listed = ", ".join(f"`{option}`" for option in known) or "none"
+    return ConfigError(
+        f"Unknown {kind} `{name}`.{nearest_match(name, known)} Available: {listed}."
+    )
