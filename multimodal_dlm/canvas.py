@@ -7,6 +7,7 @@ modalities, tokenizers or tasks.
 """
 
 from dataclasses import dataclass, fields, replace
+from functools import cached_property
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -69,16 +70,19 @@ class Canvas:
         """A copy holding some rows, by slice, integer index or boolean mask."""
         return Canvas(**{part.name: getattr(self, part.name)[index] for part in fields(self)})
 
+    @cached_property
+    def _runs(self) -> dict[int, slice]:
+        return _window_runs(self.window_ids)
+
     def windows(self) -> list[int]:
         """Ids of the windows present, structure excluded, in canvas order."""
-        return _window_runs(self.window_ids)[0]
+        return list(self._runs)
 
     def window_slice(self, window_id: int) -> slice:
         """Columns of a window, the same in every row."""
-        ids, slices = _window_runs(self.window_ids)
-        if window_id not in ids:
-            raise CanvasError(f"The canvas has no window {window_id}; it has {ids}.")
-        return slices[ids.index(window_id)]
+        if window_id not in self._runs:
+            raise CanvasError(f"The canvas has no window {window_id}; it has {self.windows()}.")
+        return self._runs[window_id]
 
     def free_windows(self) -> list[int]:
         """Ids of the windows with a free position in some row, in canvas order."""
@@ -149,21 +153,15 @@ def _group_keys(canvas: Canvas) -> Int[Tensor, "batch length"]:
     return documents * num_orders + canvas.order
 
 
-def _window_runs(window_ids: Int[Tensor, "batch length"]) -> tuple[list[int], list[slice]]:
-    """Windows and their columns, read from the first row."""
-    ids: list[int] = []
-    slices: list[slice] = []
+def _window_runs(window_ids: Int[Tensor, "batch length"]) -> dict[int, slice]:
+    """Windows and the columns they span, in order, read from the first row."""
+    runs: dict[int, slice] = {}
     row = window_ids[0].tolist() if window_ids.shape[0] else []
     for column, window in enumerate(row):
-        if window == STRUCTURE_WINDOW:
-            continue
-        if window in ids:
-            known = slices[ids.index(window)]
-            slices[ids.index(window)] = slice(known.start, column + 1)
-        else:
-            ids.append(window)
-            slices.append(slice(column, column + 1))
-    return ids, slices
+        if window != STRUCTURE_WINDOW:
+            first = runs[window].start if window in runs else column
+            runs[window] = slice(first, column + 1)
+    return runs
 
 
 def _check_ids(canvas: Canvas, vocabulary: UnifiedVocabulary) -> None:
