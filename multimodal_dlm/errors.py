@@ -1,12 +1,12 @@
 """The exceptions of the library. Every message holds the name, the rule, the value and the remedy.
 
-    MultimodalDLMError
-    ├── ConfigError (ValueError)       an option, a name or an argument is wrong
-    ├── VocabularyError (ValueError)   an id, a segment or a modality does not exist
-    ├── CanvasError (ValueError)       a canvas breaks one of its invariants
-    ├── BackendError (ValueError)      an attention backend cannot do what is asked
-    ├── DataError (ValueError)         a shard, a sample or a manifest is unusable
-    └── CheckpointError                a saved file is missing, changed or from elsewhere
+MultimodalDLMError
+├── ConfigError (ValueError)       an option, a name or an argument is wrong
+├── VocabularyError (ValueError)   an id, a segment or a modality does not exist
+├── CanvasError (ValueError)       a canvas breaks one of its invariants
+├── BackendError (ValueError)      an attention backend cannot do what is asked
+├── DataError (ValueError)         a shard, a sample or a manifest is unusable
+└── CheckpointError                a saved file is missing, changed or from elsewhere
 """
 
 import difflib
@@ -51,6 +51,4 @@ def unknown_name(kind: str, name: str, options: Iterable[str]) -> ConfigError:
     """Build the error for a name that is not among `options`."""
     known = sorted(options)
     listed = ", ".join(f"`{option}`" for option in known) or "none"
-    return ConfigError(
-        f"Unknown {kind} `{name}`.{nearest_match(name, known)} Available: {listed}."
-    )
+    return ConfigError(f"Unknown {kind} `{name}`.{nearest_match(name, known)} Available: {listed}.")

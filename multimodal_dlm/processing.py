@@ -107,7 +107,10 @@ class UnifiedProcessor:
                 f" {self.layout['max_window']['image']} and grids {self.image_grids} with {tokens}."
             )
         self._windows = (
-            *(Window(w, "image", g) for w, g in zip(self.image_windows, self.image_grids, strict=True)),
+            *(
+                Window(w, "image", g)
+                for w, g in zip(self.image_windows, self.image_grids, strict=True)
+            ),
             Window(self.instruction_window, "text", None),
             Window(self.answer_window, "text", None),
         )
@@ -203,25 +206,22 @@ class UnifiedProcessor:
 
         Text windows are content and `<eos>`, so the likelihood is of the text and its length.
         """
-        given = [part for part in (codes[0] if codes else None, texts, questions) if part is not None]
+        given = [
+            part for part in (codes[0] if codes else None, texts, questions) if part is not None
+        ]
         if not given:
             raise ConfigError("`score` needs `codes`, `texts` or `questions`; got none of them.")
         count = len(given[0])
-        pictures = self._split_codes(codes) if codes is not None else [None] * count
         rows = [
             TrainingRow(
-                task,
-                tuple(p.reshape(g) for p, g in zip(pic, self.image_grids, strict=True))
-                if pic is not None
-                else None,
-                question,
-                text,
+                task, tuple(level[i].cpu().numpy() for level in codes) if codes else None, q, t
             )
-            for pic, text, question in zip(
-                pictures,
-                self._matching(texts, count, "texts"),
-                self._matching(questions, count, "questions"),
-                strict=True,
+            for i, (t, q) in enumerate(
+                zip(
+                    self._matching(texts, count, "texts"),
+                    self._matching(questions, count, "questions"),
+                    strict=True,
+                )
             )
         ]
         return self.training_canvas(rows)
@@ -277,7 +277,8 @@ class UnifiedProcessor:
         picture = None
         if row.codes is not None:
             picture = [
-                self._codes_to_ids(np.asarray(level), index) for index, level in enumerate(row.codes)
+                self._codes_to_ids(np.asarray(level), index)
+                for index, level in enumerate(row.codes)
             ]
         needs_image = row.task != "text"
         if needs_image != (picture is not None):
@@ -322,9 +323,7 @@ class UnifiedProcessor:
         texts = []
         for row in canvas.input_ids[:, part].tolist():
             content = row[: row.index(self._eos)] if self._eos in row else row
-            texts.append(
-                [i - columns.start for i in content if i in columns and i != self._fill]
-            )
+            texts.append([i - columns.start for i in content if i in columns and i != self._fill])
         return texts
 
     def decode_text(self, canvas: Canvas, window: str = "answer") -> list[str]:
@@ -437,9 +436,7 @@ class UnifiedProcessor:
             raise ConfigError(f"`{name}` must have one entry per row; got {len(values)}, {count}.")
         return values
 
-    def _replace_text(
-        self, canvas: Canvas, window: int, texts: Sequence[str] | None
-    ) -> Canvas:
+    def _replace_text(self, canvas: Canvas, window: int, texts: Sequence[str] | None) -> Canvas:
         """Exchange a text window of every row, for masks or for other texts."""
         rows = []
         if texts is not None:

@@ -289,7 +289,11 @@ class UnifiedVocabulary:
             ],
             "special_ids": dict(self.special_ids),
             "states": {
-                s.name: {"id": s.id, "modality": s.modality, "columns": [list(c) for c in s.columns]}
+                s.name: {
+                    "id": s.id,
+                    "modality": s.modality,
+                    "columns": [list(c) for c in s.columns],
+                }
                 for s in self.states
             },
             "fingerprints": dict(self.fingerprints),
