@@ -1,0 +1,172 @@
+"""The image tokenizer: pixels <-> a grid of codes.
+
+A convolutional autoencoder around a quantizer. Pixels are folded 4 x 4 into channels at once, so
+that nearly all work is wide convolution on small maps (what a CPU and a GPU both do well); blocks
+are residual, start as the identity and carry no normalisation.
+"""
+
+import hashlib
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from diffusers.configuration_utils import ConfigMixin, register_to_config
+from diffusers.models.modeling_utils import ModelMixin
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from multimodal_dlm.errors import ConfigError
+from multimodal_dlm.tokenizers.quantizers import Codes, QuantizerOutput, build_quantizer
+
+FOLD = 4
+
+
+class ResidualBlock(nn.Module):
+    """x + conv(silu(conv(silu(x)))), the last convolution zero at the start."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.conv_in = nn.Conv2d(channels, channels, 3, padding=1)
+        self.conv_out = nn.Conv2d(channels, channels, 3, padding=1)
+        nn.init.zeros_(self.conv_out.weight)
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        """Same shape in and out."""
+        inner = self.conv_in(F.silu(hidden_states))
+        return hidden_states + self.conv_out(F.silu(inner))
+
+
+class ImageTokenizer(ModelMixin, ConfigMixin):
+    """Autoencoder with a discrete bottleneck: one code tuple per 8 x 8 pixels.
+
+    Args:
+        image_size: Side of the square pictures, in pixels; a multiple of 8.
+        channels: Width of the maps at 1/4 and at 1/8 of the resolution.
+        encoder_layers: Residual blocks at 1/4 and at 1/8 in the encoder.
+        decoder_layers: Residual blocks at 1/8 and at 1/4 in the decoder.
+        quantizer: `{"type": "fsq" | "lfq" | "vq", ...}`, see `build_quantizer`.
+        fingerprint: SHA-256 of the released float32 tensors; None while training.
+    """
+
+    _supports_group_offloading = True
+    _no_split_modules = ["ResidualBlock"]
+
+    @register_to_config
+    def __init__(
+        self,
+        *,
+        image_size: int = 64,
+        channels: tuple[int, int] = (192, 256),
+        encoder_layers: tuple[int, int] = (1, 2),
+        decoder_layers: tuple[int, int] = (2, 2),
+        quantizer: Mapping[str, Any] | None = None,
+        fingerprint: str | None = None,
+    ) -> None:
+        super().__init__()
+        if image_size % (2 * FOLD):
+            raise ConfigError(f"`image_size` must be a multiple of 8; got {image_size}. Use 64.")
+        fine, coarse = channels
+        self.bottleneck = build_quantizer(quantizer or {"type": "fsq", "levels": [8, 8, 8, 5]})
+        latent = self.bottleneck.num_channels
+        self.encoder = nn.Sequential(
+            nn.Conv2d(3 * FOLD**2, fine, 3, padding=1),
+            *(ResidualBlock(fine) for _ in range(encoder_layers[0])),
+            nn.Conv2d(fine, coarse, 3, stride=2, padding=1),
+            *(ResidualBlock(coarse) for _ in range(encoder_layers[1])),
+            nn.SiLU(),
+            nn.Conv2d(coarse, latent, 1),
+        )
+        self.decoder = nn.Sequential(
+            nn.Conv2d(latent, coarse, 3, padding=1),
+            *(ResidualBlock(coarse) for _ in range(decoder_layers[0])),
+            nn.Conv2d(coarse, 4 * fine, 1),
+            nn.PixelShuffle(2),
+            *(ResidualBlock(fine) for _ in range(decoder_layers[1])),
+            nn.SiLU(),
+            nn.Conv2d(fine, 4 * 48, 3, padding=1),
+            nn.PixelShuffle(2),
+            nn.SiLU(),
+            nn.Conv2d(48, 12, 3, padding=1),
+            nn.PixelShuffle(2),
+        )
+
+    @property
+    def codebook_sizes(self) -> tuple[int, ...]:
+        """Number of codes of each level."""
+        return self.bottleneck.codebook_sizes
+
+    @property
+    def grid_size(self) -> tuple[int, int]:
+        """Height and width of the code grid, in tokens."""
+        side = self.config["image_size"] // (2 * FOLD)
+        return (side, side)
+
+    @property
+    def fingerprint(self) -> str:
+        """SHA-256 at release, or of the present tensors when never released."""
+        return self.config["fingerprint"] or self.compute_fingerprint()
+
+    def compute_fingerprint(self) -> str:
+        """SHA-256 over the names and the float32 bytes of all tensors, in name order."""
+        digest = hashlib.sha256()
+        for name, tensor in sorted(self.state_dict().items()):
+            digest.update(name.encode())
+            digest.update(tensor.detach().float().cpu().contiguous().numpy().tobytes())
+        return digest.hexdigest()
+
+    def mark_released(self) -> str:
+        """Store the fingerprint of the present tensors in the config and return it."""
+        fingerprint = self.compute_fingerprint()
+        self.register_to_config(fingerprint=fingerprint)
+        return fingerprint
+
+    def quantize(self, pixels: Float[Tensor, "batch 3 height width"]) -> QuantizerOutput:
+        """Pixels in [0, 1] -> quantized latents, codes and quantizer loss."""
+        size = self.config["image_size"]
+        if pixels.shape[1:] != (3, size, size):
+            raise ConfigError(
+                f"`pixels` must have shape (batch, 3, {size}, {size}); got {tuple(pixels.shape)}."
+                f" Resize to {size} x {size} first."
+            )
+        folded = F.pixel_unshuffle((pixels * 2 - 1).to(self.dtype), FOLD)
+        folded = folded.contiguous(memory_format=torch.channels_last)
+        return self.bottleneck(self.encoder(folded))
+
+    def decode_latents(self, latents: Float[Tensor, "batch c h w"]) -> Tensor:
+        """Quantized latents -> pixels around [0, 1], not clamped, float32."""
+        latents = latents.to(self.dtype).contiguous(memory_format=torch.channels_last)
+        return self.decoder(latents).float() / 2 + 0.5
+
+    @torch.no_grad()
+    def encode(self, pixels: Float[Tensor, "batch 3 height width"]) -> Codes:
+        """Pixels in [0, 1] -> codes, a tuple over levels of long (batch, h, w).
+
+        Raises:
+            ConfigError: When the size is another, the dtype is not floating or the range is not
+                [0, 1].
+        """
+        if not pixels.is_floating_point():
+            raise ConfigError(
+                f"`pixels` must be floating point in [0, 1]; got {pixels.dtype}. Divide by 255."
+            )
+        if pixels.numel() and (float(pixels.min()) < -1e-3 or float(pixels.max()) > 1 + 1e-3):
+            raise ConfigError(
+                "`pixels` must lie in [0, 1]; got"
+                f" {float(pixels.min()):.3g}..{float(pixels.max()):.3g}. Rescale them."
+            )
+        return self.quantize(pixels).codes
+
+    @torch.no_grad()
+    def decode(self, codes: Codes) -> Float[Tensor, "batch 3 height width"]:
+        """Codes -> pixels in [0, 1], float32.
+
+        Raises:
+            VocabularyError: When a code is not in the codebook; the message holds the value.
+        """
+        return self.decode_latents(self.bottleneck.decode_codes(codes)).clamp(0, 1)
+
+    def forward(self, pixels: Float[Tensor, "batch 3 height width"]) -> tuple[Tensor, Tensor]:
+        """Reconstruction (not clamped) and quantizer loss, for training."""
+        output = self.quantize(pixels)
+        return self.decode_latents(output.quantized), output.loss
