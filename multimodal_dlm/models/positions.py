@@ -1,0 +1,87 @@
+"""Rotary position embedding over several axes (sequence, row, column).
+
+Su et al. 2021 (arXiv 2104.09864), in the rotate-half convention of Llama: with one axis the result
+is Llama's. With several, each axis owns a share of the frequencies.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from multimodal_dlm.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class Rotary:
+    """Cosines and sines of the angles, float32, (batch, length, rotary_dim)."""
+
+    cos: Float[Tensor, "batch length dim"]
+    sin: Float[Tensor, "batch length dim"]
+
+    def select(self, columns: Tensor) -> "Rotary":
+        """The entries of some columns."""
+        return Rotary(self.cos[:, columns], self.sin[:, columns])
+
+
+def check_axes(axes_dims: Sequence[int], rotary_dim: int) -> tuple[int, ...]:
+    """Refuse axes that are odd or do not fill the rotary dimensions of a head."""
+    axes = tuple(int(dim) for dim in axes_dims)
+    if not axes or any(dim < 2 or dim % 2 for dim in axes):
+        raise ConfigError(f"`axes_dims_rope` must be even and at least 2 each; got {axes}.")
+    if sum(axes) != rotary_dim:
+        raise ConfigError(
+            "`axes_dims_rope` must sum to `head_dim` x `partial_rotary_factor`; got"
+            f" {axes} with sum {sum(axes)} and {rotary_dim}."
+        )
+    return axes
+
+
+def rotary_tables(
+    position_ids: Int[Tensor, "batch length axes"],
+    *,
+    axes_dims: Sequence[int],
+    theta: float,
+) -> Rotary:
+    """Angles position x theta^(-2i/dim) of every axis, side by side; float64 inside.
+
+    Args:
+        position_ids: Coordinates; only the first `len(axes_dims)` axes are read.
+        axes_dims: Rotary dimensions owned by each axis.
+        theta: Base of the geometric series of frequencies.
+    """
+    if position_ids.shape[-1] < len(axes_dims):
+        raise ConfigError(
+            f"`position_ids` must have {len(axes_dims)} axes; got {position_ids.shape[-1]}."
+        )
+    frequencies = [
+        torch.exp(
+            torch.arange(0, dim, 2, dtype=torch.float64, device=position_ids.device)
+            * (-math.log(theta) / dim)
+        )
+        for dim in axes_dims
+    ]
+    angles = torch.cat(
+        [position_ids[..., i, None].double() * f for i, f in enumerate(frequencies)], dim=-1
+    )
+    cos, sin = angles.cos(), angles.sin()
+    return Rotary(torch.cat([cos, cos], dim=-1), torch.cat([-sin, sin], dim=-1))
+
+
+def apply_rotary(
+    heads: Float[Tensor, "batch length heads dim"], rotary: Rotary
+) -> Float[Tensor, "batch length heads dim"]:
+    """Rotate the first rotary dimensions of each head and leave the others alone."""
+    dim = rotary.cos.shape[-1]
+    # float64 heads (exactness tests) keep float64 tables; all others get float32 ones.
+    dtype = torch.float64 if heads.dtype == torch.float64 else torch.float32
+    cos, sin = rotary.cos.to(dtype).unsqueeze(2), rotary.sin.to(dtype).unsqueeze(2)
+    if heads.dtype == torch.bfloat16:
+        cos, sin = cos.bfloat16(), sin.bfloat16()
+    turned = heads[..., :dim]
+    swapped = torch.cat([turned[..., dim // 2 :], turned[..., : dim // 2]], dim=-1)
+    rotated = turned * cos + swapped * sin
+    return rotated if dim == heads.shape[-1] else torch.cat([rotated, heads[..., dim:]], dim=-1)

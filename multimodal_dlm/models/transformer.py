@@ -1,0 +1,384 @@
+"""The backbone: one bidirectional transformer over the unified vocabulary, whole in this file.
+
+It knows no mask schedule, no task and no modality by name. It receives ids, the noise level of each
+token, positions and an attention plan, and returns hidden states; logits are computed for the
+positions and the modality that the caller asks for, never for everything.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from diffusers.configuration_utils import ConfigMixin, register_to_config
+from diffusers.loaders import PeftAdapterMixin
+from diffusers.models.attention import AttentionMixin
+from diffusers.models.cache_utils import CacheMixin
+from diffusers.models.modeling_utils import ModelMixin
+from diffusers.utils import BaseOutput
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+
+from multimodal_dlm.errors import ConfigError
+from multimodal_dlm.models.attention import (
+    RMSNorm,
+    UnifiedAttention,
+    UnifiedAttnProcessor,
+    check_backend,
+)
+from multimodal_dlm.models.attention_plan import AttentionPlan
+from multimodal_dlm.models.kv_cache import PrefixCache, PrefixCacheConfig, build_cache
+from multimodal_dlm.models.noise_conditioning import Modulation, NoiseConditioning
+from multimodal_dlm.models.positions import Rotary, check_axes, rotary_tables
+from multimodal_dlm.vocabulary import UnifiedVocabulary
+
+
+@dataclass
+class UnifiedTransformerOutput(BaseOutput):
+    """What the backbone returns.
+
+    Args:
+        hidden_states: Normalised final states of the whole canvas, (batch, length, width).
+        token_quality: Reserved for a quality head, (batch, length); None without one.
+        auxiliary_loss: Scalar added to the training loss; None for dense layers.
+    """
+
+    hidden_states: Tensor
+    token_quality: Tensor | None = None
+    auxiliary_loss: Tensor | None = None
+
+
+class SwiGLU(nn.Module):
+    """down(silu(gate x) * up x) (Shazeer 2020, arXiv 2002.05202, Eq. 6)."""
+
+    def __init__(self, hidden_size: int, intermediate_size: int) -> None:
+        super().__init__()
+        self.gate_proj = nn.Linear(hidden_size, intermediate_size, bias=False)
+        self.up_proj = nn.Linear(hidden_size, intermediate_size, bias=False)
+        self.down_proj = nn.Linear(intermediate_size, hidden_size, bias=False)
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        """Same shape in and out."""
+        gated = F.silu(self.gate_proj(hidden_states)) * self.up_proj(hidden_states)
+        return self.down_proj(gated)
+
+
+class UnifiedTransformerBlock(nn.Module):
+    """Pre-norm attention and MLP; the modulation starts as the identity, bit for bit."""
+
+    def __init__(
+        self, *, hidden_size: int, intermediate_size: int, eps: float, modulated: bool, **attn: Any
+    ) -> None:
+        super().__init__()
+        self.norm1 = RMSNorm(hidden_size, eps)
+        self.attn = UnifiedAttention(hidden_size=hidden_size, eps=eps, **attn)
+        self.norm2 = RMSNorm(hidden_size, eps)
+        self.mlp = SwiGLU(hidden_size, intermediate_size)
+        self.scale_shift_table = nn.Parameter(torch.zeros(6, hidden_size)) if modulated else None
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        rotary: Rotary,
+        plan: AttentionPlan,
+        modulation: Modulation | None = None,
+        kv_cache: PrefixCache | None = None,
+    ) -> Tensor:
+        """(batch, length, width) in and out."""
+        if modulation is None or self.scale_shift_table is None:
+            attended = self.attn(self.norm1(hidden_states), rotary, plan, kv_cache)
+            hidden_states = hidden_states + attended
+            return hidden_states + self.mlp(self.norm2(hidden_states))
+        shift1, scale1, gate1, shift2, scale2, gate2 = modulation.block_factors(
+            self.scale_shift_table
+        )
+        inner = self.norm1(hidden_states) * (1 + scale1) + shift1
+        attended = self.attn(inner, rotary, plan, kv_cache)
+        hidden_states = hidden_states + attended * (1 + gate1)
+        inner = self.norm2(hidden_states) * (1 + scale2) + shift2
+        return hidden_states + self.mlp(inner) * (1 + gate2)
+
+
+class Head(nn.Module):
+    """Rows of the output matrix of one modality at a time, tied to the embedding or its own."""
+
+    def __init__(self, vocab_size: int, hidden_size: int, *, tied: bool) -> None:
+        super().__init__()
+        self.weight = None if tied else nn.Parameter(torch.empty(vocab_size, hidden_size))
+
+    def forward(self, hidden_states: Tensor, rows: range, tied_weight: Tensor) -> Tensor:
+        """(..., width) -> (..., len(rows))."""
+        weight = tied_weight if self.weight is None else self.weight
+        return F.linear(hidden_states, weight[rows.start : rows.stop])
+
+
+class UnifiedTransformerModel(
+    ModelMixin, ConfigMixin, AttentionMixin, PeftAdapterMixin, CacheMixin
+):
+    """Bidirectional transformer over one vocabulary for every modality.
+
+    Args:
+        vocabulary: `UnifiedVocabulary.to_dict()`.
+        layout: Layout of the canonical row, see `multimodal_dlm.layout.make_layout`.
+        hidden_size: Width.
+        num_layers: Blocks.
+        num_attention_heads: Query heads.
+        num_key_value_heads: Key and value heads; None for as many as query heads.
+        head_dim: Width of a head; None for hidden_size / num_attention_heads.
+        intermediate_size: Width of the MLP.
+        norm_eps: Of every RMSNorm.
+        rope_theta: Base of the rotary frequencies.
+        axes_dims_rope: Rotary dimensions of each position axis; they sum to the rotary dimensions.
+        partial_rotary_factor: Share of a head that is rotated.
+        qk_norm: RMS-normalise queries and keys.
+        qkv_bias: Bias on the attention projections.
+        tie_word_embeddings: Share embedding and head.
+        noise_conditioning: `ada_norm_single`, `additive` or `none`.
+        logits_shift: 1 reads the state of the previous token of the row (autoregressive weights).
+        mlp_type: `dense`.
+    """
+
+    _supports_gradient_checkpointing = True
+    _no_split_modules = ["UnifiedTransformerBlock"]
+    _repeated_blocks = ["UnifiedTransformerBlock"]
+    _skip_layerwise_casting_patterns = ["embed_tokens", "head", "norm", "level_conditioning"]
+
+    @register_to_config
+    def __init__(
+        self,
+        *,
+        vocabulary: Mapping[str, Any],
+        layout: Mapping[str, Any] | None = None,
+        hidden_size: int = 384,
+        num_layers: int = 6,
+        num_attention_heads: int = 6,
+        num_key_value_heads: int | None = None,
+        head_dim: int | None = None,
+        intermediate_size: int = 1024,
+        norm_eps: float = 1e-5,
+        rope_theta: float = 10_000.0,
+        axes_dims_rope: Sequence[int] = (16, 24, 24),
+        partial_rotary_factor: float = 1.0,
+        qk_norm: bool = False,
+        qkv_bias: bool = False,
+        tie_word_embeddings: bool = True,
+        noise_conditioning: str = "ada_norm_single",
+        logits_shift: int = 0,
+        mlp_type: str = "dense",
+    ) -> None:
+        super().__init__()
+        heads = num_attention_heads
+        kv_heads = num_key_value_heads or heads
+        width = head_dim or hidden_size // heads
+        if heads % kv_heads:
+            raise ConfigError(
+                f"`num_key_value_heads` must divide `num_attention_heads`; got {kv_heads}, {heads}."
+            )
+        if head_dim is None and hidden_size % heads:
+            raise ConfigError(
+                f"`num_attention_heads` must divide `hidden_size`; got {heads} and {hidden_size}."
+                " Change one or give `head_dim`."
+            )
+        if logits_shift not in (0, 1):
+            raise ConfigError(f"`logits_shift` must be 0 or 1; got {logits_shift}.")
+        if mlp_type != "dense":
+            raise ConfigError(f"`mlp_type` must be `dense`; got `{mlp_type}`.")
+        self.rotary_axes = check_axes(axes_dims_rope, int(width * partial_rotary_factor))
+        vocab_size = UnifiedVocabulary.from_dict(vocabulary).vocab_size
+        self.embed_tokens = nn.Embedding(vocab_size, hidden_size)
+        self.level_conditioning = NoiseConditioning(
+            kind=noise_conditioning, hidden_size=hidden_size
+        )
+        self.blocks = nn.ModuleList(
+            UnifiedTransformerBlock(
+                hidden_size=hidden_size,
+                intermediate_size=intermediate_size,
+                eps=norm_eps,
+                modulated=noise_conditioning == "ada_norm_single",
+                num_heads=heads,
+                num_key_value_heads=kv_heads,
+                head_dim=width,
+                qk_norm=qk_norm,
+                qkv_bias=qkv_bias,
+                layer=layer,
+            )
+            for layer in range(num_layers)
+        )
+        self.norm = RMSNorm(hidden_size, norm_eps)
+        self.head = Head(vocab_size, hidden_size, tied=tie_word_embeddings)
+        self.gradient_checkpointing = False
+        self._cache_config: PrefixCacheConfig | None = None
+        self._init_weights(num_layers)
+
+    def _init_weights(self, num_layers: int) -> None:
+        """Normal(0, 0.02), residual outputs divided by sqrt(2 x layers)."""
+        for name, weight in self.named_parameters():
+            if weight.dim() < 2 or "level_conditioning" in name or "scale_shift" in name:
+                continue
+            is_residual = name.endswith(("to_out.weight", "down_proj.weight"))
+            nn.init.normal_(weight, std=0.02 / math.sqrt(2 * num_layers) if is_residual else 0.02)
+
+    # What the model was made for.
+
+    @cached_property
+    def vocabulary(self) -> UnifiedVocabulary:
+        """The unified vocabulary stored in the config."""
+        return UnifiedVocabulary.from_dict(self.config["vocabulary"])
+
+    @property
+    def layout(self) -> Mapping[str, Any] | None:
+        """The layout of the canonical row stored in the config."""
+        return self.config["layout"]
+
+    # Forward.
+
+    def embed(self, input_ids: Int[Tensor, "batch length"]) -> Float[Tensor, "batch length width"]:
+        """Token embeddings."""
+        return self.embed_tokens(input_ids)
+
+    def forward(
+        self,
+        input_ids: Int[Tensor, "batch length"] | None = None,
+        *,
+        inputs_embeds: Float[Tensor, "batch length width"] | None = None,
+        noise_levels: Float[Tensor, "batch length"],
+        modality_ids: Int[Tensor, "batch length"] | None = None,
+        position_ids: Int[Tensor, "batch length axes"],
+        attention_plan: AttentionPlan,
+        kv_cache: PrefixCache | None = None,
+        conditioning_embeds: Float[Tensor, "batch width"] | None = None,
+    ) -> UnifiedTransformerOutput:
+        """Hidden states of a canvas.
+
+        Args:
+            input_ids: Unified ids; or give `inputs_embeds`.
+            inputs_embeds: Embeddings in place of ids.
+            noise_levels: Level of each token in [0, 1], from `canvas.noise_levels`.
+            modality_ids: Which modality a shared mask id stands for; unused by dense layers.
+            position_ids: Rotary coordinates.
+            attention_plan: Who sees whom.
+            kv_cache: From `new_cache`; later calls compute the open columns only.
+            conditioning_embeds: Added to the noise embedding of every token of a row.
+
+        Returns:
+            States of every column, computed now or kept by the cache.
+        """
+        del modality_ids
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ConfigError("Give exactly one of `input_ids` and `inputs_embeds`.")
+        if kv_cache is not None and kv_cache.is_filled:
+            columns = kv_cache.open
+            input_ids = None if input_ids is None else input_ids[:, columns]
+            inputs_embeds = None if inputs_embeds is None else inputs_embeds[:, columns]
+            noise_levels, position_ids = noise_levels[:, columns], position_ids[:, columns]
+            plan = kv_cache.plan
+        else:
+            plan = attention_plan
+        hidden_states = self.embed(input_ids) if input_ids is not None else inputs_embeds
+        assert hidden_states is not None
+        hidden_states = hidden_states.to(self._compute_dtype(hidden_states))
+        modulation = self.level_conditioning(noise_levels, conditioning_embeds)
+        if modulation is not None and self.config["noise_conditioning"] == "additive":
+            hidden_states = hidden_states + modulation.token_embedding()
+            modulation = None
+        rotary = rotary_tables(
+            position_ids, axes_dims=self.rotary_axes, theta=self.config["rope_theta"]
+        )
+        for block in self.blocks:
+            if torch.is_grad_enabled() and self.gradient_checkpointing:
+                hidden_states = self._gradient_checkpointing_func(
+                    block, hidden_states, rotary, plan, modulation, kv_cache
+                )
+            else:
+                hidden_states = block(hidden_states, rotary, plan, modulation, kv_cache)
+        hidden_states = self.norm(hidden_states)
+        if kv_cache is not None:
+            hidden_states = kv_cache.finish(hidden_states)
+        if self.config["logits_shift"]:
+            hidden_states = _previous_states(hidden_states, attention_plan.is_padding)
+        return UnifiedTransformerOutput(hidden_states=hidden_states)
+
+    def _compute_dtype(self, hidden_states: Tensor) -> torch.dtype:
+        """bf16 activations under autocast, so that elementwise work is not done in float32."""
+        device = hidden_states.device.type
+        if torch.is_autocast_enabled(device):
+            return torch.get_autocast_dtype(device)
+        return hidden_states.dtype
+
+    def compute_logits(
+        self, hidden_states: Float[Tensor, "*shape width"], modality: str
+    ) -> Float[Tensor, "*shape columns"]:
+        """Logits over the columns of one modality, for the states the caller has picked."""
+        rows = self.vocabulary.columns(modality)
+        return self.head(hidden_states, rows, self.embed_tokens.weight)
+
+    # Attention backends and caches.
+
+    def set_attention_backend(self, backend: str) -> None:
+        """Choose the backend of this model alone: `auto`, `eager` or one of Diffusers'."""
+        check_backend(backend)
+        for module in self.modules():
+            if isinstance(module, UnifiedAttention):
+                processor = UnifiedAttnProcessor()
+                processor._attention_backend = backend
+                module.set_processor(processor)
+
+    def reset_attention_backend(self) -> None:
+        """Back to `auto`."""
+        self.set_attention_backend("auto")
+
+    def enable_cache(self, config: Any) -> None:
+        """Choose a cache: ours is recorded and made per canvas, Diffusers' own are installed."""
+        if isinstance(config, PrefixCacheConfig):
+            self._cache_config = config
+        else:
+            super().enable_cache(config)
+
+    def disable_cache(self) -> None:
+        """No cache."""
+        if self._cache_config is not None:
+            self._cache_config = None
+        else:
+            super().disable_cache()
+
+    @property
+    def is_cache_enabled(self) -> bool:
+        """True after `enable_cache`."""
+        return self._cache_config is not None or super().is_cache_enabled
+
+    def new_cache(
+        self, plan: AttentionPlan, is_free: Bool[Tensor, "batch length"]
+    ) -> PrefixCache | None:
+        """A cache for one canvas and one branch, or None when none was chosen."""
+        if self._cache_config is None:
+            return None
+        return build_cache(self._cache_config, plan, is_free)
+
+    def add_adapter(self, adapter_config: Any, adapter_name: str = "default") -> None:
+        """Add a LoRA adapter (peft).
+
+        Raises:
+            ConfigError: When the head is a target; only its rows are used, so an adapter on it
+                would be ignored.
+        """
+        targets = getattr(adapter_config, "target_modules", None) or ()
+        names = [targets] if isinstance(targets, str) else list(targets)
+        if any(name.split(".")[-1] in ("head", "embed_tokens") for name in names):
+            raise ConfigError(
+                f"`target_modules` may not hold `head` or `embed_tokens`; got {names}. Use `to_q`,"
+                " `to_k`, `to_v`, `to_out`, `gate_proj`, `up_proj`, `down_proj`."
+            )
+        super().add_adapter(adapter_config, adapter_name)
+
+
+def _previous_states(
+    hidden_states: Float[Tensor, "batch length width"], is_padding: Bool[Tensor, "batch length"]
+) -> Float[Tensor, "batch length width"]:
+    """The state of the previous non-padding token of the row (of the token itself at the start)."""
+    index = torch.arange(is_padding.shape[1], device=is_padding.device).expand(is_padding.shape)
+    last = torch.where(is_padding, -1, index).cummax(dim=1).values
+    previous = F.pad(last[:, :-1], (1, 0), value=0).clamp(min=0)
+    return hidden_states.gather(1, previous.unsqueeze(-1).expand_as(hidden_states))
