@@ -1,0 +1,424 @@
+"""The contract of all schedulers: configuration, times, counts, randomness and checks.
+
+A subclass says in `_reverse` which masked positions become which columns; everything that is the
+same for all of them is here. A scheduler keeps configuration and timesteps only: whatever belongs
+to one run is in the `SchedulerState` that `begin` opens and `step` requires.
+"""
+
+import math
+from abc import abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from diffusers.configuration_utils import ConfigMixin
+from diffusers.schedulers.scheduling_utils import SchedulerMixin
+from diffusers.utils import BaseOutput
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from multimodal_dlm.errors import ConfigError, unknown_name
+from multimodal_dlm.schedulers.settings import TIME_TOLERANCE, ModalitySettings
+
+
+@dataclass(frozen=True)
+class SchedulerState:
+    """What one run of one noise group remembers between its steps.
+
+    Args:
+        modality: Name of the modality; an entry of `config.modalities`.
+        settings: Options of that modality, with the time window of this group.
+        initial_sample: Columns the group began with; the counts of the plan are its masked free
+            positions.
+    """
+
+    modality: str
+    settings: ModalitySettings
+    initial_sample: Int[Tensor, "batch seq"]
+
+    def map_tensors(self, function: Callable[[Tensor], Tensor]) -> "SchedulerState":
+        """A copy with every tensor, all (batch, ...), moved as the canvas moved."""
+        return replace(self, initial_sample=function(self.initial_sample))
+
+
+@dataclass
+class DiscreteSchedulerOutput(BaseOutput):
+    """What one step gives back; all tensors are new.
+
+    Args:
+        prev_sample: Columns after the step; V where still masked.
+        pred_original_sample: Columns with every masked free position filled by its drawn token.
+        committed: Positions that were masked before the step and are known after it.
+        revoked: Positions that were known before the step and are masked after it.
+        pred_logits: Shaped logits the tokens were drawn from, at masked free positions; elsewhere
+            the logits as given. Columns that could not be drawn hold -inf.
+        state: The run's record, to be handed to the next step.
+    """
+
+    prev_sample: Int[Tensor, "batch seq"]
+    pred_original_sample: Int[Tensor, "batch seq"]
+    committed: Bool[Tensor, "batch seq"]
+    revoked: Bool[Tensor, "batch seq"]
+    pred_logits: Float[Tensor, "batch seq columns"]
+    state: SchedulerState
+
+
+@dataclass(frozen=True)
+class StepTimes:
+    """Where one step stands in the time window of its group.
+
+    Args:
+        has_begun: The step ends inside the window, so it commits at least one token per row.
+        is_last: The step ends at the close of the window, so it commits everything.
+        masked_share: Share of the group that the plan leaves masked after the step.
+        share_before: The same before the step.
+        time_left: Local time after the step, from 1 (start) to 0 (stop).
+    """
+
+    has_begun: bool
+    is_last: bool
+    masked_share: float
+    share_before: float
+    time_left: float
+
+
+@dataclass(frozen=True)
+class StepInput:
+    """One step as a subclass sees it.
+
+    Args:
+        logits: Guided logits of the modality's columns, float32 or float64.
+        sample: Columns; V where masked.
+        is_masked: Masked and free: the positions this step may write.
+        is_free: Positions the run may write.
+        allowed: Columns each position may take; None for all.
+        uniforms: Two float64 numbers in [0, 1) per position, for its token and for its place in the
+            order; rows that are finished hold 0.5.
+        num_left: Masked positions the plan leaves in each row, fewer than now in unfinished rows.
+        times: Place of the step in the group's time window.
+        settings: Options of the modality.
+    """
+
+    logits: Float[Tensor, "batch seq columns"]
+    sample: Int[Tensor, "batch seq"]
+    is_masked: Bool[Tensor, "batch seq"]
+    is_free: Bool[Tensor, "batch seq"]
+    allowed: Bool[Tensor, "batch seq columns"] | None
+    uniforms: Float[Tensor, "batch seq 2"]
+    num_left: Int[Tensor, " batch"]
+    times: StepTimes
+    settings: ModalitySettings
+
+    @property
+    def mask_column(self) -> int:
+        """Number of columns V, which is also the column of the mask."""
+        return self.logits.shape[-1]
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What a subclass decides: columns after the step, drawn tokens, and what they came from."""
+
+    prev_sample: Int[Tensor, "batch seq"]
+    pred_original_sample: Int[Tensor, "batch seq"]
+    pred_logits: Float[Tensor, "batch seq columns"]
+
+
+class DiscreteScheduler(SchedulerMixin, ConfigMixin):
+    """Base of the reverse processes.
+
+    Subclasses take the keyword `modalities` (name -> options of `ModalitySettings`; None for the
+    preset) through `@register_to_config`, pass it to `_configure`, and implement `_reverse`.
+    """
+
+    order = 1
+
+    def _configure(
+        self, modalities: Mapping[str, Any] | None, preset: Mapping[str, Mapping[str, Any]]
+    ) -> None:
+        """Check the options, complete them with their defaults, and store them in the config."""
+        chosen = preset if modalities is None else modalities
+        if not isinstance(chosen, Mapping) or not chosen:
+            raise ConfigError(
+                "`modalities` must be a dictionary, name -> options, with one entry or more; got"
+                f' {chosen!r}. Use {{"text": {{}}}} or leave it out.'
+            )
+        self._settings = {
+            name: ModalitySettings.from_options(name, options) for name, options in chosen.items()
+        }
+        self.register_to_config(
+            modalities={name: entry.to_options() for name, entry in self._settings.items()}
+        )
+        self.num_inference_steps: int | None = None
+        self.timesteps = torch.empty(0)
+
+    def set_timesteps(
+        self, num_inference_steps: int, device: torch.device | str | None = None
+    ) -> None:
+        """Set `timesteps` to 1 - i / num_inference_steps, i = 0..num_inference_steps - 1.
+
+        Raises:
+            ConfigError: When the number is not a whole number, 1 or more.
+        """
+        if not isinstance(num_inference_steps, int) or num_inference_steps < 1:
+            raise ConfigError(
+                "`num_inference_steps` must be a whole number, 1 or more; got"
+                f" {num_inference_steps!r}. Use 1 to commit everything in one step."
+            )
+        self.num_inference_steps = num_inference_steps
+        steps = torch.arange(num_inference_steps, dtype=torch.float64)
+        times = 1.0 - steps / num_inference_steps
+        self.timesteps = times.to(dtype=torch.float32, device=device)
+
+    def begin(
+        self,
+        sample: Int[Tensor, "batch seq"],
+        is_free: Bool[Tensor, "batch seq"],
+        modality: str,
+        *,
+        start: float | None = None,
+        stop: float | None = None,
+    ) -> SchedulerState:
+        """Open the run of one noise group.
+
+        Args:
+            sample: Columns of the group; V where masked.
+            is_free: Positions the run may write.
+            modality: Entry of `config.modalities` to follow.
+            start: Time at which this group begins, when it is not the modality's (blocks, chains).
+            stop: Time at which this group ends, when it is not the modality's.
+
+        Raises:
+            ConfigError: When the modality has no entry, the shapes differ, or the time window is
+                empty.
+        """
+        if modality not in self._settings:
+            raise unknown_name("modality", modality, self._settings)
+        _check_shape("is_free", is_free, tuple(sample.shape))
+        settings = self._settings[modality].between(start, stop)
+        return SchedulerState(modality=modality, settings=settings, initial_sample=sample.clone())
+
+    def has_begun(self, timestep: float | Tensor, state: SchedulerState) -> bool:
+        """Whether a step at this timestep commits anything; if not, the loop may skip it."""
+        return self._times(timestep, state.settings).has_begun
+
+    def step(
+        self,
+        model_output: Float[Tensor, "batch seq columns"],
+        timestep: float | Tensor,
+        sample: Int[Tensor, "batch seq"],
+        *,
+        state: SchedulerState,
+        is_free: Bool[Tensor, "batch seq"],
+        generator: torch.Generator | Sequence[torch.Generator] | None = None,
+        token_quality: Float[Tensor, "batch seq"] | None = None,
+        allowed: Bool[Tensor, "..."] | None = None,
+        return_dict: bool = True,
+    ) -> DiscreteSchedulerOutput | tuple[Any, ...]:
+        """Commit some of the masked free positions.
+
+        Args:
+            model_output: Guided logits of the modality's V columns; there is no mask column.
+            timestep: One of `timesteps`.
+            sample: Columns 0..V-1 where known, V where masked. A position that is neither free nor
+                known (padding, a frozen mask) holds V and is never touched.
+            state: What `begin` or the last step returned.
+            is_free: Positions the run may write; constant during the run.
+            generator: One generator per row. A row draws for all its free positions at each step
+                while it is unfinished, so its tokens do not depend on the other rows. None is
+                enough where nothing is drawn (temperature and choice temperature 0).
+            token_quality: Estimated probability that a known token is right; used by
+                self-correcting schedulers.
+            allowed: Columns each position may take, broadcastable to (batch, seq, columns); None
+                for all.
+            return_dict: False returns the fields as a tuple.
+
+        Raises:
+            ConfigError: When shapes contradict, the timestep is not one of `timesteps`, a masked
+                position has no allowed column, or generators are missing.
+        """
+        times = self._times(timestep, state.settings)
+        _check_tensors(model_output, sample, is_free, state, token_quality)
+        logits = model_output if model_output.dtype == torch.float64 else model_output.float()
+        mask_column = logits.shape[-1]
+        is_masked = is_free & (sample == mask_column)
+        if times.has_begun and bool(is_masked.any()):
+            allowed = _expand_allowed(allowed, logits, is_masked)
+            uniforms = self._draw_uniforms(generator, is_free, is_masked, state.settings)
+            planned = _planned_counts(state, is_free, mask_column, times.masked_share)
+            num_left = torch.minimum(planned, is_masked.sum(dim=1) - 1).clamp(min=0)
+            result = self._reverse(
+                StepInput(
+                    logits=logits,
+                    sample=sample,
+                    is_masked=is_masked,
+                    is_free=is_free,
+                    allowed=allowed,
+                    uniforms=uniforms,
+                    num_left=num_left,
+                    times=times,
+                    settings=state.settings,
+                )
+            )
+        else:
+            result = StepResult(sample.clone(), sample.clone(), logits.clone())
+        was_masked = sample == mask_column
+        is_still_masked = result.prev_sample == mask_column
+        output = DiscreteSchedulerOutput(
+            prev_sample=result.prev_sample,
+            pred_original_sample=result.pred_original_sample,
+            committed=was_masked & ~is_still_masked,
+            revoked=~was_masked & is_still_masked,
+            pred_logits=result.pred_logits,
+            state=state,
+        )
+        return output if return_dict else output.to_tuple()
+
+    @abstractmethod
+    def _reverse(self, step: StepInput) -> StepResult:
+        """Draw tokens and commit some; at least one in every row that has a masked position."""
+
+    def _needs_generator(self, settings: ModalitySettings) -> bool:
+        """Whether these settings draw anything."""
+        return settings.temperature > 0.0 or settings.choice_temperature > 0.0
+
+    def _times(self, timestep: float | Tensor, settings: ModalitySettings) -> StepTimes:
+        """Find the step of this timestep and its place in the group's window, in float64."""
+        count = self.num_inference_steps
+        if count is None:
+            raise ConfigError(
+                "`set_timesteps` must be called before `step`; got no timesteps. Call"
+                " `scheduler.set_timesteps(num_inference_steps)`."
+            )
+        t = float(timestep)
+        index = round((1.0 - t) * count) if math.isfinite(t) else -1
+        if not 0 <= index < count or abs((1.0 - index / count) - t) > 0.01 / count:
+            raise ConfigError(
+                f"`timestep` must be one of `timesteps`, 1 - i / {count} for i = 0..{count - 1};"
+                f" got {t}. Loop over `scheduler.timesteps`."
+            )
+        before, after = 1.0 - index / count, 1.0 - (index + 1) / count
+        time_left = settings.local_time(after)
+        return StepTimes(
+            has_begun=after < settings.start - TIME_TOLERANCE,
+            is_last=time_left <= TIME_TOLERANCE,
+            masked_share=settings.masked_share(after),
+            share_before=settings.masked_share(before),
+            time_left=time_left,
+        )
+
+    def _draw_uniforms(
+        self,
+        generator: torch.Generator | Sequence[torch.Generator] | None,
+        is_free: Bool[Tensor, "batch seq"],
+        is_masked: Bool[Tensor, "batch seq"],
+        settings: ModalitySettings,
+    ) -> Float[Tensor, "batch seq 2"]:
+        """Two uniform numbers per free position of each unfinished row, from the row's generator.
+
+        A row draws as many numbers at each step, whatever is committed in it and however wide the
+        batch is; a finished row draws none. So a row of a batch and a single call draw the same.
+        """
+        uniforms = torch.full(
+            (*is_free.shape, 2), 0.5, dtype=torch.float64, device=is_free.device
+        )
+        if not self._needs_generator(settings):
+            return uniforms
+        generators = _as_row_generators(generator, is_free.shape[0])
+        is_unfinished = is_masked.any(dim=1)
+        num_free = is_free.sum(dim=1).tolist()
+        draws = [
+            torch.rand((count, 2), generator=own, dtype=torch.float64, device=own.device)
+            for own, count, unfinished in zip(
+                generators, num_free, is_unfinished.tolist(), strict=True
+            )
+            if unfinished
+        ]
+        if draws:
+            where = is_free & is_unfinished[:, None]
+            uniforms[where] = torch.cat([draw.to(is_free.device) for draw in draws])
+        return uniforms
+
+
+def _planned_counts(
+    state: SchedulerState,
+    is_free: Bool[Tensor, "batch seq"],
+    mask_column: int,
+    masked_share: float,
+) -> Int[Tensor, " batch"]:
+    """Positions left masked after the step: floor(N0 (1 - alpha)), in float64 with +1e-9."""
+    initial = (is_free & (state.initial_sample == mask_column)).sum(dim=1)
+    return torch.floor(initial.to(torch.float64) * masked_share + 1e-9).long()
+
+
+def _check_shape(name: str, tensor: Tensor, shape: tuple[int, ...]) -> None:
+    if tuple(tensor.shape) != shape:
+        raise ConfigError(f"`{name}` must have shape {shape}; got {tuple(tensor.shape)}.")
+
+
+def _check_tensors(
+    model_output: Tensor,
+    sample: Tensor,
+    is_free: Tensor,
+    state: SchedulerState,
+    token_quality: Tensor | None,
+) -> None:
+    """Refuse tensors whose shapes contradict each other, and a length rule outside the columns."""
+    shape = tuple(sample.shape)
+    if model_output.ndim != 3 or tuple(model_output.shape[:2]) != shape:
+        raise ConfigError(
+            f"`model_output` must have shape {shape} + (columns,); got"
+            f" {tuple(model_output.shape)}. Pass the logits of this group's positions only."
+        )
+    _check_shape("is_free", is_free, shape)
+    _check_shape("state.initial_sample", state.initial_sample, shape)
+    if token_quality is not None:
+        _check_shape("token_quality", token_quality, shape)
+    columns = model_output.shape[-1]
+    for name in ("eos_column", "fill_column"):
+        column = getattr(state.settings, name)
+        if column is not None and column >= columns:
+            raise ConfigError(
+                f"`{name}` of modality `{state.modality}` must be below the number of columns,"
+                f" {columns}; got {column}. Correct `modalities` or use None."
+            )
+
+
+def _expand_allowed(
+    allowed: Tensor | None,
+    logits: Float[Tensor, "batch seq columns"],
+    is_masked: Bool[Tensor, "batch seq"],
+) -> Bool[Tensor, "batch seq columns"] | None:
+    """Broadcast `allowed` to the logits, and refuse a masked position without any column."""
+    if allowed is None:
+        return None
+    try:
+        expanded = allowed.expand(logits.shape)
+    except RuntimeError as error:
+        raise ConfigError(
+            f"`allowed` must be broadcastable to {tuple(logits.shape)} (batch, positions,"
+            f" columns); got {tuple(allowed.shape)}."
+        ) from error
+    is_stuck = is_masked & ~expanded.any(dim=-1)
+    if bool(is_stuck.any()):
+        row, position = is_stuck.nonzero()[0].tolist()
+        raise ConfigError(
+            "`allowed` must leave at least one column at every masked free position; got none at"
+            f" row {row}, position {position}. Allow a column there or make it not free."
+        )
+    return expanded
+
+
+def _as_row_generators(
+    generator: torch.Generator | Sequence[torch.Generator] | None, batch: int
+) -> Sequence[torch.Generator]:
+    """One generator per row; a bare generator serves a batch of one."""
+    generators = [generator] if isinstance(generator, torch.Generator) else generator
+    if generators is None or len(generators) != batch:
+        got = "none" if generators is None else str(len(generators))
+        raise ConfigError(
+            f"`generator` must hold one `torch.Generator` per row, {batch}; got {got}. Use"
+            f" [torch.Generator().manual_seed(seed + row) for row in range({batch})]."
+        )
+    return generators
