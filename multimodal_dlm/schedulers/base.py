@@ -320,9 +320,7 @@ class DiscreteScheduler(SchedulerMixin, ConfigMixin):
         A row draws as many numbers at each step, whatever is committed in it and however wide the
         batch is; a finished row draws none. So a row of a batch and a single call draw the same.
         """
-        uniforms = torch.full(
-            (*is_free.shape, 2), 0.5, dtype=torch.float64, device=is_free.device
-        )
+        uniforms = torch.full((*is_free.shape, 2), 0.5, dtype=torch.float64, device=is_free.device)
         if not self._needs_generator(settings):
             return uniforms
         generators = _as_row_generators(generator, is_free.shape[0])

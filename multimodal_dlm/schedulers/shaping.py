@@ -25,7 +25,7 @@ def shape_logits(
     if temperature == 0.0:
         best = logits.argmax(dim=-1, keepdim=True)
         return torch.full_like(logits, -torch.inf).scatter_(-1, best, 0.0)
-    shaped = logits / temperature
+    shaped = logits if temperature == 1.0 else logits / temperature
     if top_k is not None and top_k < shaped.shape[-1]:
         smallest = shaped.topk(top_k, dim=-1).values[:, -1:]
         shaped = shaped.masked_fill(shaped < smallest, -torch.inf)

@@ -66,7 +66,7 @@ def frequencies(scheduler: AbsorbingAncestralScheduler, num_steps: int) -> Tenso
 
 
 def chi_square_z(counts: Tensor, law: Tensor) -> float:
-    """Chi-square statistic as a normal deviate (Wilson and Hilferty 1931); 26 degrees of freedom."""
+    """Chi-square statistic as a normal deviate (Wilson and Hilferty 1931)."""
     expected = law * counts.sum()
     freedom = len(law) - 1
     share = float(((counts - expected) ** 2 / expected).sum()) / freedom
@@ -99,7 +99,7 @@ def test_two_planned_steps_reveal_a_uniformly_random_pair_first():
 
 @pytest.mark.parametrize(("mask_schedule", "rate"), [("linear", 0.5), ("cosine", math.sqrt(0.5))])
 def test_two_binomial_steps_reveal_each_position_with_its_probability(mask_schedule, rate):
-    """P(reveal) = (alpha_s - alpha_t) / (1 - alpha_t) = 1 - rate; an empty cut becomes one token."""
+    """P(reveal) = (alpha_s - alpha_t) / (1 - alpha_t) = 1 - rate; an empty cut takes one token."""
     cut = {}
     for size in range(1, LENGTH + 1):
         for revealed in itertools.combinations(range(LENGTH), size):

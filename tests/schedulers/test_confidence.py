@@ -223,12 +223,13 @@ def test_confidence_is_of_the_drawn_token_at_temperature_one():
         generator=seeds_to_generators(range(40)),
     )  # fmt: skip
     is_likely = out.pred_original_sample == 2
-    assert bool(is_likely.any()) and not bool(is_likely.all())
+    assert bool(is_likely.any())
+    assert not bool(is_likely.all())
     waits = (is_likely & ~out.committed).any(dim=1)
     assert not bool((waits[:, None] & out.committed & ~is_likely).any())
 
 
-def test_choice_noise_shuffles_the_order_and_ends_with_the_time():
+def test_strong_choice_noise_makes_the_order_uniform():
     logits = peaked([2, 3, 4, 5, 2, 3], [0.9, 0.8, 0.7, 0.6, 0.5, 0.4]).expand(200, -1, -1)
     scheduler = ConfidenceScheduler(modalities={"words": {"choice_temperature": 1e6}})
     scheduler.set_timesteps(2)
@@ -241,3 +242,22 @@ def test_choice_noise_shuffles_the_order_and_ends_with_the_time():
     )  # fmt: skip
     share = out.committed.float().mean(dim=0)
     assert bool(((share - 0.5).abs() < 0.15).all())
+
+
+@pytest.mark.parametrize(("num_steps", "time_left"), [(2, 0.5), (5, 0.8), (10, 0.9)])
+def test_choice_noise_shrinks_with_the_time_left(num_steps, time_left):
+    """P(the surer of two goes first) is logistic in the gap over the noise's scale."""
+    count, scale = 4_000, 2.0
+    logits = peaked([2, 2], [0.3, 0.9]).expand(count, -1, -1)
+    scheduler = ConfidenceScheduler(modalities={"words": {"choice_temperature": scale}})
+    scheduler.set_timesteps(num_steps)
+    sample = torch.full((count, 2), COLUMNS)
+    is_free = torch.ones_like(sample, dtype=torch.bool)
+    state = scheduler.begin(sample, is_free, "words")
+    out = scheduler.step(
+        logits, 1.0, sample, state=state, is_free=is_free,
+        generator=seeds_to_generators(range(count)),
+    )  # fmt: skip
+    assert bool((out.committed.sum(dim=1) == 1).all())
+    expected = 1.0 / (1.0 + (0.3 / 0.9) ** (1.0 / (scale * time_left)))
+    assert float(out.committed[:, 1].float().mean()) == pytest.approx(expected, abs=0.025)

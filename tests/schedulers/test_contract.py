@@ -232,9 +232,7 @@ def test_record_of_a_step(name):
     assert bool((out.pred_original_sample < COLUMNS).all())
     known = sample < COLUMNS
     assert torch.equal(out.pred_original_sample[known], sample[known])
-    assert torch.equal(
-        out.prev_sample[out.committed], out.pred_original_sample[out.committed]
-    )
+    assert torch.equal(out.prev_sample[out.committed], out.pred_original_sample[out.committed])
     assert torch.equal(out.pred_logits[known], logits[known])
     drawn = out.pred_logits.gather(-1, out.pred_original_sample[..., None])
     assert bool(drawn.isfinite().all())
@@ -276,7 +274,8 @@ def test_a_group_may_have_its_own_time_window(name):
     scheduler.set_timesteps(4)
     sample, is_free = masked_start(1, 8, COLUMNS, 0.0, 0)
     state = scheduler.begin(sample, is_free, "codes", start=0.5, stop=0.25)
-    assert [scheduler.has_begun(t, state) for t in scheduler.timesteps] == [False, False, True, True]
+    begun = [scheduler.has_begun(t, state) for t in scheduler.timesteps]
+    assert begun == [False, False, True, True]
     out = scheduler.step(
         logits_of(sample, COLUMNS), 0.5, sample, state=state, is_free=is_free,
         generator=seeds_to_generators([1]),
