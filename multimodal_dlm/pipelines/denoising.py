@@ -1,0 +1,408 @@
+"""The one denoising loop: canvas in, canvas out, for every task, modality and guidance.
+
+The loop owns what is between the backbone and the scheduler: branches, attention plans, caches,
+noise levels, windows, the translation between unified ids and columns, and the row generators. It
+knows no modality by name, no mask schedule and no tokenizer.
+"""
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Int
+from torch import Tensor
+
+from multimodal_dlm.canvas import Canvas, noise_levels
+from multimodal_dlm.errors import CanvasError, ConfigError
+from multimodal_dlm.models.attention_plan import AttentionPlan
+from multimodal_dlm.pipelines.guidance import (
+    Branch,
+    BranchBuilder,
+    combine,
+    conditional_only,
+    is_guided,
+    restrict,
+)
+from multimodal_dlm.pipelines.randomness import group_generators
+
+# After a step: (step, timestep, canvas) -> the canvas to go on with, or None to stop here.
+StepCallback = Callable[[int, float, Canvas], Canvas | None]
+LengthRule = Callable[[Canvas], Canvas]
+TimeWindows = Mapping[str, tuple[float, float]]
+
+
+@dataclass(frozen=True)
+class Group:
+    """A noise group with free positions: the part of a window with one attention order.
+
+    Args:
+        window: Window id.
+        order: Attention order; a group opens when every group of lower order is closed.
+        modality: Name of its modality.
+        start: First column, counted from the start of its window.
+        stop: One past the last column, counted from the start of its window.
+    """
+
+    window: int
+    order: int
+    modality: str
+    start: int
+    stop: int
+
+    def columns(self, canvas: Canvas) -> slice:
+        """Columns of the group in a canvas that has its window."""
+        first = canvas.window_slice(self.window).start
+        return slice(first + self.start, first + self.stop)
+
+
+@dataclass
+class GroupRun:
+    """A group between opening and closing: what its scheduler remembers and its row generators."""
+
+    group: Group
+    state: Any
+    generators: list[torch.Generator]
+    prediction: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class DenoisingOutput:
+    """What a run of the loop leaves.
+
+    Args:
+        canvas: The canvas with every free position written.
+        num_forwards: Calls of the backbone, over all branches.
+        num_steps: Steps taken.
+        is_complete: False when a callback stopped the run; the rest are then last predictions.
+    """
+
+    canvas: Canvas
+    num_forwards: int
+    num_steps: int
+    is_complete: bool
+
+
+@dataclass
+class _Forwards:
+    """The branches of a run with what each forward needs; rebuilt when the canvas changes shape."""
+
+    transformer: Any
+    branches: list[Branch]
+    plans: dict[str, AttentionPlan]
+    caches: dict[str, Any]
+    num_forwards: int = 0
+
+    @classmethod
+    def open(
+        cls, transformer: Any, branches: Sequence[Branch], num_forwards: int = 0
+    ) -> "_Forwards":
+        """Build one attention plan and one cache per branch."""
+        plans = {branch.name: AttentionPlan.from_canvas(branch.canvas) for branch in branches}
+        caches = {
+            branch.name: transformer.new_cache(plans[branch.name], branch.canvas.is_free)
+            for branch in branches
+        }
+        return cls(transformer, list(branches), plans, caches, num_forwards)
+
+    def __call__(self, branch: Branch) -> Any:
+        """One call of the backbone on a branch."""
+        self.num_forwards += 1
+        canvas = branch.canvas
+        with self.transformer.cache_context(branch.name):
+            return self.transformer(
+                canvas.input_ids,
+                noise_levels=noise_levels(canvas, self.transformer.vocabulary),
+                modality_ids=canvas.modality_ids,
+                position_ids=canvas.position_ids,
+                attention_plan=self.plans[branch.name],
+                kv_cache=self.caches[branch.name],
+            )
+
+    def write(self, canvas: Canvas, windows: Iterable[int]) -> None:
+        """Copy written windows of the main canvas into the branches that serve them."""
+        for window in windows:
+            ids = canvas.input_ids[:, canvas.window_slice(window)]
+            self.branches = [
+                branch.write(window, ids) if branch.serves(window) else branch
+                for branch in self.branches
+            ]
+
+
+@torch.no_grad()
+def denoise(
+    transformer: Any,
+    scheduler: Any,
+    canvas: Canvas,
+    *,
+    num_inference_steps: int,
+    row_seeds: Sequence[int],
+    branches: BranchBuilder = conditional_only,
+    time_windows: TimeWindows | None = None,
+    guidance_start: float = 0.0,
+    guidance_stop: float = 1.0,
+    callback: StepCallback | None = None,
+    progress_bar: Callable[[int], AbstractContextManager[Any]] | None = None,
+    length_rule: LengthRule | None = None,
+) -> DenoisingOutput:
+    """Write every free masked position of a canvas.
+
+    Args:
+        transformer: Backbone; `vocabulary`, `new_cache`, `compute_logits` and a forward.
+        scheduler: Reverse process over the columns of one modality.
+        canvas: Free positions are masked; everything else stays as it is.
+        num_inference_steps: Steps of each window, however many blocks it is written in.
+        row_seeds: One seed per row; a row's result depends on its own seed and content only.
+        branches: Canvas -> guidance branches, the first one conditional.
+        time_windows: (start, stop) in time of some modalities, instead of the scheduler's own.
+        guidance_start: Share of the steps after which guidance begins.
+        guidance_stop: Share of the steps after which guidance ends.
+        callback: Called after each step; returning None stops the run.
+        progress_bar: Number of steps -> context manager with `update()`.
+        length_rule: Canvas -> Canvas between steps, for rows that change length.
+
+    Raises:
+        ConfigError: When there is not one seed per row.
+        CanvasError: When groups with free positions differ between rows.
+    """
+    if len(row_seeds) != canvas.batch_size:
+        raise ConfigError(
+            f"`row_seeds` must have one entry per row; got {len(row_seeds)} for"
+            f" {canvas.batch_size} rows."
+        )
+    loop = _Loop(transformer, scheduler, canvas, branches, time_windows or {})
+    stages = noise_groups(canvas, transformer.vocabulary.modalities)
+    generators = iter(group_generators(row_seeds, sum(len(stage) for stage in stages)))
+    counts = stage_steps(stages, num_inference_steps)
+    with progress_bar(sum(counts)) if progress_bar else nullcontext() as bar:
+        for stage, count in zip(stages, counts, strict=True):
+            scheduler.set_timesteps(count, device=canvas.device)
+            loop.open(stage, [next(generators) for _ in stage])
+            for index, timestep in enumerate(scheduler.timesteps):
+                if loop.is_closed():
+                    break
+                if bar is not None:
+                    bar.update()
+                guided = is_guided(index, count, guidance_start, guidance_stop)
+                if not loop.step(timestep, guided):
+                    continue
+                if callback is not None:
+                    changed = callback(loop.num_steps - 1, float(timestep), loop.canvas)
+                    if changed is None:
+                        return loop.stop(stages)
+                    loop.accept(changed)
+                if length_rule is not None:
+                    loop.reshape(length_rule(loop.canvas))
+    return loop.output(is_complete=True)
+
+
+class _Loop:
+    """State of one run: the canvas, its branches and the open groups."""
+
+    def __init__(
+        self,
+        transformer: Any,
+        scheduler: Any,
+        canvas: Canvas,
+        builder: BranchBuilder,
+        time_windows: TimeWindows,
+    ) -> None:
+        self.transformer = transformer
+        self.scheduler = scheduler
+        self.vocabulary = transformer.vocabulary
+        self.canvas = canvas
+        self.builder = builder
+        self.time_windows = time_windows
+        self.forwards = _Forwards.open(transformer, builder(canvas))
+        self.runs: list[GroupRun] = []
+        self.num_steps = 0
+
+    def open(self, stage: Sequence[Group], generators: Sequence[list[torch.Generator]]) -> None:
+        """Begin the runs of the groups of one stage."""
+        self.runs = [
+            GroupRun(group, self._begin(group), rows)
+            for group, rows in zip(stage, generators, strict=True)
+        ]
+
+    def _begin(self, group: Group) -> Any:
+        start, stop = self.time_windows.get(group.modality, (None, None))
+        sample, is_free = self._sample(group)
+        return self.scheduler.begin(sample, is_free, group.modality, start=start, stop=stop)
+
+    def _sample(self, group: Group) -> tuple[Tensor, Tensor]:
+        """Columns (padding counts as a frozen mask) and free flags of a group."""
+        part = group.columns(self.canvas)
+        mask = self.vocabulary.mask_token_id(group.modality)
+        ids = self.canvas.input_ids[:, part].masked_fill(self.canvas.is_padding[:, part], mask)
+        return self.vocabulary.to_columns(ids, group.modality), self.canvas.is_free[:, part]
+
+    def is_closed(self, run: GroupRun | None = None) -> bool:
+        """True when no free position of a group, or of all open groups, is masked."""
+        if run is None:
+            return all(self.is_closed(each) for each in self.runs)
+        part = run.group.columns(self.canvas)
+        is_masked = self.vocabulary.is_masked(self.canvas.input_ids[:, part])
+        return not bool((is_masked & self.canvas.is_free[:, part]).any())
+
+    def step(self, timestep: Tensor, guided: bool) -> bool:
+        """One forward per branch, then one scheduler step per open group.
+
+        Returns:
+            False when no group's time window has begun, so that nothing was computed.
+        """
+        runs = [
+            run
+            for run in self.runs
+            if not self.is_closed(run) and self.scheduler.has_begun(timestep, run.state)
+        ]
+        if not runs:
+            return False
+        branches = [
+            branch
+            for branch in restrict(self.forwards.branches, guided)
+            if any(branch.serves(run.group.window) for run in runs)
+        ]
+        outputs = {branch.name: self.forwards(branch) for branch in branches}
+        ids = self.canvas.input_ids.clone()
+        for run in runs:
+            serving = [branch for branch in branches if branch.serves(run.group.window)]
+            ids[:, run.group.columns(self.canvas)] = self._write(run, serving, outputs, timestep)
+        self.num_steps += 1
+        self.canvas = self.canvas.replace(input_ids=ids)
+        self.forwards.write(self.canvas, {run.group.window for run in runs})
+        return True
+
+    def _write(
+        self,
+        run: GroupRun,
+        branches: Sequence[Branch],
+        outputs: Mapping[str, Any],
+        timestep: Tensor,
+    ) -> Int[Tensor, "batch positions"]:
+        """Unified ids of a group after one scheduler step."""
+        group = run.group
+        part = group.columns(self.canvas)
+        logits = {
+            branch.name: self.transformer.compute_logits(
+                outputs[branch.name].hidden_states[:, group.columns(branch.canvas)], group.modality
+            )
+            for branch in branches
+        }
+        quality = outputs[branches[0].name].token_quality
+        sample, is_free = self._sample(group)
+        stepped = self.scheduler.step(
+            combine(logits, {branch.name: branch.weight for branch in branches}),
+            timestep,
+            sample,
+            state=run.state,
+            is_free=is_free,
+            generator=run.generators,
+            token_quality=None if quality is None else quality[:, group.columns(branches[0].canvas)],
+            allowed=self.vocabulary.allowed_columns(self.canvas.input_ids[:, part], group.modality),
+        )
+        run.state = stepped.state
+        run.prediction = stepped.pred_original_sample
+        return self._merge(part, is_free, stepped.prev_sample, group.modality)
+
+    def _merge(self, part: slice, is_written: Tensor, columns: Tensor, modality: str) -> Tensor:
+        """Unified ids of a part, some taken from columns and the rest kept."""
+        ids = self.vocabulary.from_columns(columns, modality)
+        return torch.where(is_written, ids, self.canvas.input_ids[:, part])
+
+    def accept(self, canvas: Canvas) -> None:
+        """Go on with the canvas a callback returned.
+
+        Raises:
+            CanvasError: When it changed anything but the ids of free positions.
+        """
+        if canvas is self.canvas:
+            return
+        changed = canvas.input_ids != self.canvas.input_ids
+        if bool((changed & ~self.canvas.is_free).any()):
+            raise CanvasError(
+                "A callback may change `input_ids` at free positions only; it changed a known"
+                " token. Build another canvas for that."
+            )
+        self.canvas = canvas.validate(self.vocabulary)
+        self.forwards.write(canvas, canvas.free_windows())
+
+    def reshape(self, canvas: Canvas) -> None:
+        """Go on with a canvas of another shape: branches, plans, caches and groups begin anew."""
+        if canvas is self.canvas:
+            return
+        self.canvas = canvas
+        self.forwards = _Forwards.open(
+            self.transformer, self.builder(canvas), self.forwards.num_forwards
+        )
+        found = {(g.window, g.order): g for g in noise_groups(canvas, self.vocabulary.modalities)}
+        for run in self.runs:
+            group = found.get((run.group.window, run.group.order))
+            if group is not None:
+                run.group, run.state, run.prediction = group, self._begin(group), None
+
+    def stop(self, stages: Sequence[Sequence[Group]]) -> DenoisingOutput:
+        """End early: free masks take the last prediction, or the likeliest token without one."""
+        predictions = {run.group: run.prediction for run in self.runs}
+        ids = self.canvas.input_ids.clone()
+        states: Tensor | None = None
+        for group in (group for stage in stages for group in stage):
+            part = group.columns(self.canvas)
+            sample, is_free = self._sample(group)
+            is_masked = is_free & (sample == self.vocabulary.num_columns(group.modality))
+            if not bool(is_masked.any()):
+                continue
+            columns = predictions.get(group)
+            if columns is None:
+                if states is None:
+                    states = self.forwards(self.forwards.branches[0]).hidden_states
+                logits = self.transformer.compute_logits(states[:, part], group.modality)
+                columns = logits.argmax(dim=-1)
+            ids[:, part] = self._merge(part, is_masked, columns, group.modality)
+        self.canvas = self.canvas.replace(input_ids=ids)
+        return self.output(is_complete=False)
+
+    def output(self, *, is_complete: bool) -> DenoisingOutput:
+        """The result of the run."""
+        return DenoisingOutput(
+            self.canvas, self.forwards.num_forwards, self.num_steps, is_complete
+        )
+
+
+def noise_groups(canvas: Canvas, modalities: Sequence[str]) -> list[list[Group]]:
+    """The groups with free positions, one list per attention order, lowest first.
+
+    Raises:
+        CanvasError: When a column has different orders in different rows, or a group is torn.
+    """
+    groups = []
+    for window in canvas.free_windows():
+        part = canvas.window_slice(window)
+        order = canvas.order[:, part]
+        if bool((order != order[:1]).any()):
+            raise CanvasError(
+                f"Free window {window} must have the same attention order in every row. Run rows of"
+                " different tasks in separate calls."
+            )
+        is_free = canvas.is_free[:, part].any(dim=0)
+        for value in sorted(set(order[0].tolist())):
+            columns = (order[0] == value).nonzero().flatten()
+            first, last = int(columns[0]), int(columns[-1])
+            if last - first + 1 != len(columns):
+                raise CanvasError(f"Order {value} of window {window} must be one run of columns.")
+            if bool(is_free[columns].any()):
+                modality = modalities[canvas.window_modality(window)]
+                groups.append(Group(window, value, modality, first, last + 1))
+    orders = sorted({group.order for group in groups})
+    return [[group for group in groups if group.order == order] for order in orders]
+
+
+def stage_steps(stages: Sequence[Sequence[Group]], num_inference_steps: int) -> list[int]:
+    """Steps of each stage: a window shares its steps among the blocks it is written in."""
+    blocks: dict[int, int] = {}
+    for stage in stages:
+        for group in stage:
+            blocks[group.window] = blocks.get(group.window, 0) + 1
+    return [
+        max(-(-num_inference_steps // blocks[group.window]) for group in stage) for stage in stages
+    ]

@@ -1,0 +1,267 @@
+"""Loading, saving and sharing of pipeline folders: safetensors and JSON only, hashes checked.
+
+Diffusers refuses components of other packages when it downloads, so a Hub repository is fetched
+first and loaded as a folder. Nothing here runs code from a folder.
+"""
+
+import importlib
+import json
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Self
+
+from huggingface_hub import create_repo, snapshot_download, upload_folder
+
+from multimodal_dlm.errors import CheckpointError, ConfigError, unknown_name
+from multimodal_dlm.pipelines.manifest import verify_manifest, write_manifest
+from multimodal_dlm.pipelines.model_card import CARD_NAME, CardInfo, render_card
+
+INDEX_NAME = "model_index.json"
+DOWNLOAD_PATTERNS = ("*.json", "*.safetensors", "*.txt", "*.jinja", "*.md", "SHA256SUMS")
+COMPONENTS = ("transformer", "scheduler", "tokenizer", "image_tokenizer")
+HUB_OPTIONS = ("revision", "token", "cache_dir", "force_download", "local_files_only")
+_LOAD_OPTIONS = ("dtype", "torch_dtype", "device_map", "max_memory", "variant", "low_cpu_mem_usage")
+_REFUSED = ("trust_remote_code", "custom_pipeline", "use_onnx", "use_flashpack")
+_LIBRARIES = ("multimodal_dlm", "transformers", "diffusers")
+
+
+class SharingMixin:
+    """`from_pretrained`, `save_pretrained` and `push_to_hub` of every pipeline."""
+
+    card: CardInfo = CardInfo()
+
+    @classmethod
+    def from_pretrained(
+        cls, pretrained_model_name_or_path: str | Path, *, verify: bool = True, **kwargs: Any
+    ) -> Self:
+        """Load a pipeline from a folder or from the Hub.
+
+        Args:
+            pretrained_model_name_or_path: Folder, or `owner/name` on the Hub. Any of the five
+                pipelines loads any folder; `load_pipeline` picks the class the folder names.
+            verify: Compare every file with the folder's `SHA256SUMS`, if it has one.
+            kwargs: `dtype`, `device_map`, `variant`, ...; for the Hub `revision`, `token`,
+                `cache_dir`, `force_download`, `local_files_only`; components by name.
+
+        Raises:
+            ConfigError: When an option is unknown or would run foreign code or unpickle.
+            CheckpointError: When there is no such folder, or its files have changed.
+        """
+        check_load_options(kwargs)
+        hub_options = {name: kwargs.pop(name) for name in HUB_OPTIONS if name in kwargs}
+        folder = fetch_folder(pretrained_model_name_or_path, **hub_options)
+        if verify:
+            verify_manifest(folder)
+        import_components(read_index(folder))
+        kwargs = {"use_safetensors": True, **kwargs}
+        pipeline = super().from_pretrained(str(folder), local_files_only=True, **kwargs)  # type: ignore[misc]
+        pipeline.card = CardInfo.load(folder)
+        return pipeline
+
+    def save_pretrained(
+        self,
+        save_directory: str | Path,
+        safe_serialization: bool = True,
+        variant: str | None = None,
+        max_shard_size: int | str | None = None,
+        push_to_hub: bool = False,
+        *,
+        card: CardInfo | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Save the components, the model card and the file hashes.
+
+        Args:
+            save_directory: Folder; made when missing.
+            safe_serialization: True; pickles are never written.
+            variant: Part of the weight file names, such as `bf16`.
+            max_shard_size: Largest weight file, such as `5GB`.
+            push_to_hub: Also upload to `repo_id` (by default the folder's name).
+            card: What the card says beyond the components; None keeps what was loaded.
+            kwargs: `repo_id`, `commit_message`, `private`, `token`, `create_pr` for the upload.
+
+        Raises:
+            ConfigError: When asked for a pickle.
+        """
+        if not safe_serialization:
+            raise ConfigError(
+                "`safe_serialization` must be True: this library writes no pickles; got False."
+                " Leave it out."
+            )
+        folder = Path(save_directory)
+        if folder.is_file():
+            raise ConfigError(f"`save_directory` must be a folder; got the file `{folder}`.")
+        super().save_pretrained(  # type: ignore[misc]
+            str(folder), variant=variant, max_shard_size=max_shard_size
+        )
+        if card is not None:
+            self.card = card
+        self.card.save(folder)
+        hashes = write_manifest(folder)
+        (folder / "README.md").write_text(render_card(self, hashes), encoding="utf-8")
+        if push_to_hub:
+            upload(folder, kwargs.pop("repo_id", folder.resolve().name), **kwargs)
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        commit_message: str | None = None,
+        private: bool | None = None,
+        token: str | None = None,
+        create_pr: bool = False,
+        safe_serialization: bool = True,
+        variant: str | None = None,
+        subfolder: str | None = None,
+        *,
+        card: CardInfo | None = None,
+    ) -> str:
+        """Save the pipeline with its card and upload it, all files in one commit.
+
+        Args:
+            repo_id: `owner/name` on the Hub, made when missing; or a local folder (`./name` or an
+                absolute path), to see what would be uploaded.
+            commit_message: Of the commit.
+            private: Make a new repository private.
+            token: Access token; None uses the stored login.
+            create_pr: Open a pull request instead of committing.
+            safe_serialization: True; pickles are never written.
+            variant: Part of the weight file names.
+            subfolder: Folder inside the repository.
+            card: What the card says beyond the components; None keeps what was loaded.
+
+        Returns:
+            Address of the commit, or the local folder.
+        """
+        options = {"safe_serialization": safe_serialization, "variant": variant, "card": card}
+        if is_path(repo_id):
+            folder = Path(repo_id) / (subfolder or "")
+            self.save_pretrained(folder, **options)
+            return str(folder)
+        with tempfile.TemporaryDirectory() as scratch:
+            self.save_pretrained(scratch, **options)
+            return upload(
+                Path(scratch),
+                repo_id,
+                commit_message=commit_message,
+                private=private,
+                token=token,
+                create_pr=create_pr,
+                subfolder=subfolder,
+            )
+
+
+def upload(
+    folder: Path,
+    repo_id: str,
+    *,
+    commit_message: str | None = None,
+    private: bool | None = None,
+    token: str | None = None,
+    create_pr: bool = False,
+    subfolder: str | None = None,
+) -> str:
+    """Upload a saved folder in one commit and return the commit's address."""
+    repo_id = create_repo(repo_id, private=private, token=token, exist_ok=True).repo_id
+    commit = upload_folder(
+        repo_id=repo_id,
+        folder_path=folder,
+        path_in_repo=subfolder,
+        commit_message=commit_message or "Upload pipeline",
+        token=token,
+        create_pr=create_pr,
+    )
+    return str(commit.commit_url)
+
+
+def is_path(name: str | Path) -> bool:
+    """True for what can only be a folder on this machine: a path, not `owner/name`."""
+    text = str(name)
+    return (
+        isinstance(name, Path)
+        or text.startswith((".", "/", "~", "\\"))
+        or text.count("/") > 1
+        or Path(text).is_dir()
+    )
+
+
+def fetch_folder(name: str | Path, **hub_options: Any) -> Path:
+    """A local folder as it is, or a snapshot of a Hub repository.
+
+    Raises:
+        CheckpointError: When a path does not exist or holds no pipeline.
+    """
+    if is_path(name):
+        folder = Path(name).expanduser()
+        if not folder.is_dir():
+            raise CheckpointError(
+                f"`{name}` must be an existing folder or a Hub repository `owner/name`; there is no"
+                " such folder. Check the spelling and the working directory."
+            )
+    else:
+        folder = Path(
+            snapshot_download(str(name), allow_patterns=list(DOWNLOAD_PATTERNS), **hub_options)
+        )
+    if not (folder / INDEX_NAME).is_file():
+        raise CheckpointError(
+            f"`{name}` must hold a `{INDEX_NAME}`; got a folder without one. Save a pipeline there"
+            " with `pipe.save_pretrained(...)`."
+        )
+    return folder
+
+
+def read_index(folder: Path) -> dict[str, Any]:
+    """Read `model_index.json`.
+
+    Raises:
+        CheckpointError: When it is no JSON object.
+    """
+    path = folder / INDEX_NAME
+    try:
+        index = json.loads(path.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise CheckpointError(f"`{path}` is not valid JSON: {error}. Download it again.") from error
+    if not isinstance(index, dict):
+        raise CheckpointError(f"`{path}` must hold a JSON object; got {type(index).__name__}.")
+    return index
+
+
+def import_components(index: Mapping[str, Any]) -> None:
+    """Import our modules that hold the components: Diffusers looks in imported ones only.
+
+    Raises:
+        CheckpointError: When a component is missing or comes from a library that is not trusted.
+    """
+    for component in COMPONENTS:
+        entry = index.get(component)
+        if not isinstance(entry, (list, tuple)) or len(entry) != 2 or not entry[0]:
+            raise CheckpointError(
+                f"`{INDEX_NAME}` must name library and class of `{component}`; got {entry!r}."
+            )
+        library = str(entry[0])
+        if library.split(".")[0] not in _LIBRARIES:
+            raise CheckpointError(
+                f"`{component}` must come from {', '.join(_LIBRARIES)}; got `{library}`. Foreign"
+                " code is never run."
+            )
+        try:
+            importlib.import_module(library)
+        except ImportError as error:
+            raise CheckpointError(
+                f"`{component}` needs the module `{library}`, which this version does not have."
+                " Upgrade multimodal_dlm."
+            ) from error
+
+
+def check_load_options(kwargs: Mapping[str, Any]) -> None:
+    """Refuse options of `from_pretrained` that are unknown, run foreign code or read pickles."""
+    for name in _REFUSED:
+        if kwargs.get(name):
+            raise ConfigError(f"`{name}` must be left out: foreign code is never run; got a value.")
+    if kwargs.get("use_safetensors") is False:
+        raise ConfigError("`use_safetensors` must be True: pickles are never read; got False.")
+    known = (*HUB_OPTIONS, *_LOAD_OPTIONS, *COMPONENTS, *_REFUSED, "use_safetensors")
+    known += ("quantization_config", "offload_folder", "offload_state_dict", "disable_mmap")
+    for name in kwargs:
+        if name not in known:
+            raise unknown_name("option of `from_pretrained`", name, known)

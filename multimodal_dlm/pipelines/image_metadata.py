@@ -1,0 +1,74 @@
+"""Every saved picture carries its recipe: what made it, as JSON in the PNG's own metadata."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+from PIL.PngImagePlugin import PngInfo
+
+from multimodal_dlm.errors import ConfigError, DataError
+
+RECIPE_KEY = "multimodal_dlm"  # The text chunk of the PNG.
+INFO_KEY = "recipe"  # The entry of `image.info` of a picture in memory.
+
+
+def attach_recipe(image: Image.Image, recipe: Mapping[str, Any]) -> Image.Image:
+    """Store a recipe in `image.info` and return the picture."""
+    image.info[INFO_KEY] = dict(recipe)
+    return image
+
+
+def save_image(
+    image: Image.Image, path: str | Path, recipe: Mapping[str, Any] | None = None
+) -> Path:
+    """Save a picture as PNG with its recipe inside.
+
+    Args:
+        image: Picture; one from a pipeline holds its recipe in `image.info["recipe"]`.
+        path: File ending in `.png`; missing folders are made.
+        recipe: JSON values; None takes the picture's own, an empty one leaves none in the file.
+
+    Returns:
+        The path.
+
+    Raises:
+        ConfigError: When the path does not end in `.png` or the recipe is no JSON.
+    """
+    path = Path(path)
+    if path.suffix.lower() != ".png":
+        raise ConfigError(
+            f"`path` must end in `.png`, which keeps the recipe; got `{path.name}`. Use"
+            f" `{path.with_suffix('.png').name}`."
+        )
+    chosen = image.info.get(INFO_KEY, {}) if recipe is None else recipe
+    info = PngInfo()
+    if chosen:
+        try:
+            info.add_itxt(RECIPE_KEY, json.dumps(chosen, ensure_ascii=False, sort_keys=True))
+        except TypeError as error:
+            raise ConfigError(f"`recipe` must hold JSON values only; {error}.") from error
+    path.parent.mkdir(parents=True, exist_ok=True)
+    image.save(path, format="PNG", pnginfo=info)
+    return path
+
+
+def read_recipe(path: str | Path) -> dict[str, Any]:
+    """Read the recipe of a saved picture.
+
+    Raises:
+        DataError: When the file is no picture or holds no recipe.
+    """
+    try:
+        with Image.open(path) as image:
+            text = getattr(image, "text", {}).get(RECIPE_KEY)
+    except OSError as error:
+        raise DataError(f"`{path}` is not a readable picture: {error}.") from error
+    if text is None:
+        raise DataError(f"`{path}` carries no recipe. Save pictures with `save_image`.")
+    try:
+        recipe = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise DataError(f"The recipe of `{path}` is damaged: {error}.") from error
+    return recipe

@@ -1,0 +1,115 @@
+"""Hashes of what is shared: the file manifest of a saved folder and the fingerprint of weights.
+
+The manifest is a `SHA256SUMS` file in the format of the command `sha256sum`, so that
+`sha256sum -c SHA256SUMS` checks a folder without this library.
+"""
+
+import hashlib
+from pathlib import Path
+
+from torch import nn
+
+from multimodal_dlm.errors import CheckpointError
+
+MANIFEST_NAME = "SHA256SUMS"
+_CHUNK = 1 << 20
+# The model card is prose that its owner may edit; the rest is written by the Hub.
+_UNLISTED = {MANIFEST_NAME, "README.md", ".gitattributes", ".gitignore"}
+_LOADED_SUFFIXES = (".json", ".safetensors", ".txt", ".model", ".jinja")
+
+
+def hash_files(folder: str | Path) -> dict[str, str]:
+    """SHA-256 of every file below a folder but the card, by relative path, sorted."""
+    root = Path(folder)
+    files = sorted(path for path in root.rglob("*") if path.is_file() and _is_listed(path, root))
+    return {path.relative_to(root).as_posix(): _hash(path) for path in files}
+
+
+def write_manifest(folder: str | Path) -> dict[str, str]:
+    """Write `SHA256SUMS` and return the hashes."""
+    hashes = hash_files(folder)
+    text = "".join(f"{digest}  {name}\n" for name, digest in hashes.items())
+    (Path(folder) / MANIFEST_NAME).write_text(text, encoding="utf-8")
+    return hashes
+
+
+def read_manifest(folder: str | Path) -> dict[str, str] | None:
+    """Hashes by relative path; None when the folder has no manifest.
+
+    Raises:
+        CheckpointError: When a line is not a hash and a name inside the folder.
+    """
+    path = Path(folder) / MANIFEST_NAME
+    if not path.is_file():
+        return None
+    hashes = {}
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+        digest, _, name = line.partition("  ")
+        parts = Path(name).parts
+        is_inside = bool(name) and not Path(name).is_absolute() and ".." not in parts
+        if len(digest) != 64 or not set(digest) <= set("0123456789abcdef") or not is_inside:
+            raise CheckpointError(
+                f"`{path}` line {number} must be `<sha256>  <name>`; got `{line[:80]}`. Download"
+                " the folder again."
+            )
+        hashes[name] = digest
+    return hashes
+
+
+def verify_manifest(folder: str | Path) -> bool:
+    """Compare a folder with its manifest.
+
+    Returns:
+        False when there is no manifest to compare with.
+
+    Raises:
+        CheckpointError: When a listed file is missing or changed, or a file that loading could
+            read is not listed.
+    """
+    expected = read_manifest(folder)
+    if expected is None:
+        return False
+    found = hash_files(folder)
+    for name, digest in expected.items():
+        if name not in found:
+            raise CheckpointError(
+                f"`{folder}` misses `{name}`, which its {MANIFEST_NAME} lists. Download it again."
+            )
+        if found[name] != digest:
+            raise CheckpointError(
+                f"`{name}` in `{folder}` has changed since it was saved: sha256 must be"
+                f" {digest[:16]}..., got {found[name][:16]}... . Download it again, or save the"
+                " pipeline anew if you changed it on purpose."
+            )
+    for name in found:
+        if name not in expected and name.endswith(_LOADED_SUFFIXES):
+            raise CheckpointError(
+                f"`{folder}` holds `{name}`, which its {MANIFEST_NAME} does not list. Remove it, or"
+                " save the pipeline anew."
+            )
+    return True
+
+
+def weights_fingerprint(module: nn.Module) -> str:
+    """SHA-256 over the names and the float32 bytes of all tensors of a module, in name order.
+
+    bfloat16 weights and the same weights read as float32 have the same fingerprint.
+    """
+    digest = hashlib.sha256()
+    for name, tensor in sorted(module.state_dict().items()):
+        digest.update(name.encode())
+        digest.update(tensor.detach().float().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _is_listed(path: Path, root: Path) -> bool:
+    parts = path.relative_to(root).parts
+    return parts[-1] not in _UNLISTED and not any(part in (".git", ".cache") for part in parts)
+
+
+def _hash(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while chunk := file.read(_CHUNK):
+            digest.update(chunk)
+    return digest.hexdigest()
