@@ -1,10 +1,12 @@
 """Self-attention and its processor: the dispatcher of Diffusers, or plain matrix products.
 
-Measured on two CPU cores (AVX-512, bf16, rows of 96 to 320 tokens): plain matmul + softmax trains
-1.6 times faster than scaled_dot_product_attention, which wins in float32 and on long rows; `auto`
-chooses by device, dtype and length. Every call names its backend, because Diffusers' setter also
+`auto` chooses by device, dtype and length. Measured on two CPU cores: in bf16, for rows of up to
+320 tokens, plain matmul + softmax trains 1.6 times faster than scaled_dot_product_attention, which
+wins in float32 and on long rows. Every call names its backend, because Diffusers' setter also
 changes a process-wide default.
 """
+
+from typing import Any
 
 import torch
 from diffusers.models.attention import AttentionModuleMixin
@@ -14,13 +16,14 @@ from torch import Tensor, nn
 
 from multimodal_dlm.errors import BackendError, unknown_name
 from multimodal_dlm.models.attention_plan import AttentionPlan
+from multimodal_dlm.models.fused import RotaryAttention, use_fused
 from multimodal_dlm.models.kv_cache import PrefixCache
 from multimodal_dlm.models.positions import Rotary, apply_rotary
 
 EAGER_MAX_LENGTH = 320
 OWN_BACKENDS = ("auto", "eager")
-MASKED_BACKENDS = ("eager", "native", "_native_math", "_native_efficient", "flex", "xformers")
 CPU_BACKENDS = ("eager", "native", "_native_flash", "_native_math", "flex")
+MASKED_BACKENDS = ("eager", "native", "_native_math", "_native_efficient", "flex", "xformers")
 
 
 def available_backends() -> tuple[str, ...]:
@@ -28,31 +31,50 @@ def available_backends() -> tuple[str, ...]:
     return OWN_BACKENDS + tuple(backend.value for backend in AttentionBackendName)
 
 
-class RMSNorm(nn.Module):
-    """x / rms(x) x weight (Zhang and Sennrich 2019, arXiv 1910.07467, Eq. 4).
-
-    The weight is cast to the dtype of x so that autocast keeps the fused kernel.
+def check_backend(name: str, device: torch.device, *, needs_mask: bool = False) -> str:
+    """Return the name of a backend that can run.
 
     Args:
-        size: Size of the last dimension.
-        eps: Added to the mean square.
+        name: A backend, `auto` included.
+        device: Where it would run.
+        needs_mask: The attention plan is not mask-free.
+
+    Raises:
+        ConfigError: When the name is unknown.
+        BackendError: When it cannot take the device, the mask or gradients.
     """
+    if name not in available_backends():
+        raise unknown_name("attention backend", name, available_backends())
+    if name == "auto":
+        return name
+    able: tuple[str, ...] = CPU_BACKENDS if device.type == "cpu" else available_backends()
+    if name not in able:
+        raise BackendError(
+            f"Attention backend `{name}` does not run on the CPU, where the model is. Move the"
+            f" model to a GPU first, or use one of: {_quoted(able)}."
+        )
+    masked = [backend for backend in able if backend in MASKED_BACKENDS]
+    if needs_mask and name not in masked:
+        raise BackendError(
+            f"Attention backend `{name}` takes no mask, and this canvas needs one (padding, packed"
+            f" documents or an attention order). Use one of: {_quoted(masked)}."
+        )
+    if name == "flex" and device.type == "cpu" and needs_mask and torch.is_grad_enabled():
+        raise BackendError(
+            "Attention backend `flex` has no gradient on the CPU. Use `eager` or `native` to train,"
+            " or call the model under `torch.no_grad()`."
+        )
+    return name
 
-    def __init__(self, size: int, eps: float) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(size))
-        self.eps = eps
 
-    def forward(self, hidden_states: Tensor) -> Tensor:
-        """Same shape and dtype in and out."""
-        weight = self.weight.to(hidden_states.dtype)
-        return nn.functional.rms_norm(hidden_states, weight.shape, weight, self.eps)
+def _quoted(names: Any) -> str:
+    return ", ".join(f"`{name}`" for name in names)
 
 
 class UnifiedAttnProcessor:
-    """Computes attention for `UnifiedAttention` through a named backend."""
+    """Computes attention for `UnifiedAttention` through a named backend (None is `auto`)."""
 
-    _attention_backend: str | None = None
+    _attention_backend: "str | AttentionBackendName | None" = None
     _parallel_config = None
 
     def __call__(
@@ -64,17 +86,19 @@ class UnifiedAttnProcessor:
         kv_cache: PrefixCache | None,
     ) -> Float[Tensor, "batch length width"]:
         """Queries of `hidden_states` against its own keys, and the cached ones if there are any."""
-        query, key, value = attn.project(hidden_states, rotary)
+        qkv = attn.to_qkv(hidden_states)
+        backend = self.choose(qkv, plan, kv_cache)
+        if backend == "eager" and kv_cache is None and attn.is_plain and use_fused(qkv):
+            parts = qkv.view(*qkv.shape[:2], 3, attn.num_heads, attn.head_dim)
+            out = RotaryAttention.apply(parts, rotary.cos, rotary.sin, plan.bias(qkv.dtype))
+            return attn.to_out(out)
+        query, key, value = attn.split_heads(qkv)
+        query, key = apply_rotary(query, rotary), apply_rotary(key, rotary)
         if kv_cache is not None:
-            if kv_cache.is_filled:
-                key, value = kv_cache.extend(attn.layer, key, value)
-            else:
-                kv_cache.store(key, value)
-        backend = self.choose(query, key)
+            key, value = kv_cache.update(attn.layer, key, value)
         if backend == "eager":
-            out = eager_attention(query, key, value, plan.mask)
+            out = eager_attention(query, key, value, plan.bias(query.dtype))
         else:
-            self.check(backend, query, plan)
             out = dispatch_attention_fn(
                 query,
                 key,
@@ -86,31 +110,20 @@ class UnifiedAttnProcessor:
             )
         return attn.to_out(out.flatten(2))
 
-    def choose(self, query: Tensor, key: Tensor) -> str:
-        """The backend to use; `auto` resolved by device, dtype and length."""
-        name = self._attention_backend or "auto"
-        if name != "auto":
-            return name
-        is_short = key.shape[1] <= EAGER_MAX_LENGTH
-        is_low = query.dtype == torch.bfloat16
-        return "eager" if query.device.type == "cpu" and is_low and is_short else "native"
-
-    def check(self, backend: str, query: Tensor, plan: AttentionPlan) -> None:
-        """Refuse a backend that cannot take the device or the mask, naming those that can."""
-        if query.device.type == "cpu" and backend not in CPU_BACKENDS:
-            raise BackendError(
-                f"Attention backend `{backend}` does not run on the CPU. Use one of:"
-                f" {', '.join(CPU_BACKENDS)}."
-            )
-        if plan.mask is not None and backend not in MASKED_BACKENDS:
-            raise BackendError(
-                f"Attention backend `{backend}` takes no mask, and this plan needs one. Use one of:"
-                f" {', '.join(MASKED_BACKENDS)}."
-            )
+    def choose(self, qkv: Tensor, plan: AttentionPlan, kv_cache: PrefixCache | None) -> str:
+        """The name of the backend to use; `auto` resolved by device, dtype and length."""
+        name = self._attention_backend
+        if name is not None and name != "auto":
+            chosen = name.value if isinstance(name, AttentionBackendName) else name
+            return check_backend(chosen, qkv.device, needs_mask=plan.mask is not None)
+        length = qkv.shape[1] if kv_cache is None else kv_cache.length
+        is_short = length <= EAGER_MAX_LENGTH and self._parallel_config is None
+        is_low = qkv.device.type == "cpu" and qkv.dtype == torch.bfloat16
+        return "eager" if is_low and is_short else "native"
 
 
 class UnifiedAttention(nn.Module, AttentionModuleMixin):
-    """Grouped-query self-attention with rotary positions.
+    """Grouped-query self-attention with rotary positions and one projection for Q, K and V.
 
     Args:
         hidden_size: Width of the model.
@@ -118,7 +131,7 @@ class UnifiedAttention(nn.Module, AttentionModuleMixin):
         num_key_value_heads: Key and value heads; divides `num_heads`.
         head_dim: Width of a head.
         qk_norm: RMS-normalise queries and keys per head.
-        qkv_bias: Bias on the three projections.
+        qkv_bias: Bias on the projection.
         eps: Of the normalisation.
         layer: Index of the block, the cache's key.
     """
@@ -144,21 +157,27 @@ class UnifiedAttention(nn.Module, AttentionModuleMixin):
         self.num_key_value_heads = num_key_value_heads
         self.head_dim = head_dim
         self.layer = layer
-        self.to_q = nn.Linear(hidden_size, num_heads * head_dim, bias=qkv_bias)
-        self.to_k = nn.Linear(hidden_size, num_key_value_heads * head_dim, bias=qkv_bias)
-        self.to_v = nn.Linear(hidden_size, num_key_value_heads * head_dim, bias=qkv_bias)
+        projected = (num_heads + 2 * num_key_value_heads) * head_dim
+        self.to_qkv = nn.Linear(hidden_size, projected, bias=qkv_bias)
         self.to_out = nn.Linear(num_heads * head_dim, hidden_size, bias=False)
-        self.norm_q = RMSNorm(head_dim, eps) if qk_norm else nn.Identity()
-        self.norm_k = RMSNorm(head_dim, eps) if qk_norm else nn.Identity()
+        self.norm_q = nn.RMSNorm(head_dim, eps=eps) if qk_norm else None
+        self.norm_k = nn.RMSNorm(head_dim, eps=eps) if qk_norm else None
         self.set_processor(UnifiedAttnProcessor())
 
-    def project(self, hidden_states: Tensor, rotary: Rotary) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries, keys and values, (batch, length, heads, head_dim), rotated."""
-        heads = (*hidden_states.shape[:2], -1, self.head_dim)
-        query = self.norm_q(self.to_q(hidden_states).view(heads))
-        key = self.norm_k(self.to_k(hidden_states).view(heads))
-        value = self.to_v(hidden_states).view(heads)
-        return apply_rotary(query, rotary), apply_rotary(key, rotary), value
+    @property
+    def is_plain(self) -> bool:
+        """True without grouped queries and without query and key norms."""
+        return self.norm_q is None and self.num_heads == self.num_key_value_heads
+
+    def split_heads(self, qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries, keys and values, (batch, length, heads, head_dim), normalised if asked for."""
+        heads = qkv.view(*qkv.shape[:2], -1, self.head_dim)
+        groups = [self.num_heads, self.num_key_value_heads, self.num_key_value_heads]
+        query, key, value = heads.split(groups, dim=2)
+        if self.norm_q is not None and self.norm_k is not None:
+            query = _cast_norm(self.norm_q, query)
+            key = _cast_norm(self.norm_k, key)
+        return query, key, value
 
     def forward(
         self,
@@ -171,32 +190,26 @@ class UnifiedAttention(nn.Module, AttentionModuleMixin):
         return self.processor(self, hidden_states, rotary, plan, kv_cache)
 
 
+def _cast_norm(norm: nn.RMSNorm, values: Tensor) -> Tensor:
+    """RMSNorm with its weight in the dtype of `values`: float32 weights would leave bf16."""
+    weight = norm.weight.to(values.dtype)
+    return nn.functional.rms_norm(values, weight.shape, weight, norm.eps)
+
+
 def eager_attention(
     query: Float[Tensor, "batch queries heads dim"],
     key: Float[Tensor, "batch keys kv_heads dim"],
     value: Float[Tensor, "batch keys kv_heads dim"],
-    mask: Tensor | None,
+    bias: Float[Tensor, "batch 1 queries keys"] | None,
 ) -> Float[Tensor, "batch queries heads dim"]:
-    """softmax(Q K^T / sqrt(dim)) V with the softmax in float32 (or float64 inputs' own dtype)."""
+    """softmax(Q K^T / sqrt(dim) + bias) V; the softmax kernel works in float32 or better."""
     groups = query.shape[2] // key.shape[2]
     if groups > 1:
         key = key.repeat_interleave(groups, dim=2)
         value = value.repeat_interleave(groups, dim=2)
     scaled = query.transpose(1, 2) * query.shape[-1] ** -0.5
     scores = scaled @ key.permute(0, 2, 3, 1)
-    if mask is not None:
-        scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
-    dtype = torch.float64 if scores.dtype == torch.float64 else torch.float32
-    weights = torch.softmax(scores, dim=-1, dtype=dtype).to(query.dtype)
+    if bias is not None:
+        scores = scores + bias
+    weights = torch.softmax(scores, dim=-1)
     return (weights @ value.transpose(1, 2)).transpose(1, 2)
-
-
-def check_backend(name: str) -> str:
-    """Return the name if it is a backend.
-
-    Raises:
-        ConfigError: When it is unknown.
-    """
-    if name not in available_backends():
-        raise unknown_name("attention backend", name, available_backends())
-    return name

@@ -8,9 +8,10 @@ of earlier blocks, a clean query sees clean keys up to its own order. A padding 
 """
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
-from jaxtyping import Bool, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from multimodal_dlm.canvas import Canvas
@@ -76,12 +77,36 @@ class AttentionPlan:
         return cls(mask, order, is_padding)
 
     def select(
-        self, open_columns: Int[Tensor, " open"], closed_columns: Int[Tensor, " closed"]
+        self,
+        open_columns: Int[Tensor, " open"],
+        closed_columns: Int[Tensor, " closed"] | None = None,
     ) -> "AttentionPlan":
-        """The plan of cached queries: open queries, keys in the order [closed, open]."""
+        """The plan of cached queries: open queries, keys in the order [closed, open].
+
+        Args:
+            open_columns: Columns that are computed.
+            closed_columns: Columns whose keys are cached; None for all others, in canvas order.
+        """
+        if closed_columns is None:
+            is_closed = torch.ones(self.order.shape[1], dtype=torch.bool, device=self.order.device)
+            is_closed[open_columns] = False
+            closed_columns = is_closed.nonzero().flatten()
         order, padding = self.order[:, open_columns], self.is_padding[:, open_columns]
         if self.mask is None:
             return AttentionPlan(None, order, padding)
         keys = torch.cat([closed_columns, open_columns])
         mask = self.mask[:, :, open_columns][:, :, :, keys]
         return AttentionPlan(None if bool(mask.all()) else mask, order, padding)
+
+    def bias(self, dtype: torch.dtype) -> Float[Tensor, "batch 1 queries keys"] | None:
+        """0 where visible, -inf elsewhere, to be added to scores; made once per dtype."""
+        if self.mask is None:
+            return None
+        if dtype not in self._biases:
+            zeros = torch.zeros(self.mask.shape, dtype=dtype, device=self.mask.device)
+            self._biases[dtype] = zeros.masked_fill_(~self.mask, float("-inf"))
+        return self._biases[dtype]
+
+    @cached_property
+    def _biases(self) -> dict[torch.dtype, Tensor]:
+        return {}

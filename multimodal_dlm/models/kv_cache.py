@@ -8,7 +8,7 @@ may attend to is final, recursively. So columns whose order lies below every fre
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Bool
+from jaxtyping import Bool, Int
 from torch import Tensor
 
 from multimodal_dlm.errors import ConfigError
@@ -23,49 +23,78 @@ class PrefixCacheConfig:
 class PrefixCache:
     """Exact cache of the closed columns of one canvas.
 
+    The first forward computes every column and keeps the closed ones; later forwards compute the
+    open ones. Tensors are kept without gradients.
+
     Args:
         plan: Plan of the canvas.
         is_free: Positions the sampler may write, (batch, length).
     """
 
     def __init__(self, plan: AttentionPlan, is_free: Bool[Tensor, "batch length"]) -> None:
-        lowest = torch.where(is_free, plan.order, plan.order.max() + 1).amin(dim=1, keepdim=True)
+        if is_free.shape != plan.order.shape:
+            raise ConfigError(
+                f"`is_free` must have the plan's shape {tuple(plan.order.shape)}; got"
+                f" {tuple(is_free.shape)}."
+            )
+        beyond = plan.order.max() + 1
+        lowest = torch.where(is_free, plan.order, beyond).amin(dim=1, keepdim=True)
         is_closed = ((plan.order < lowest) | plan.is_padding).all(dim=0)
-        self.closed = is_closed.nonzero().flatten()
-        self.open = (~is_closed).nonzero().flatten()
+        self.closed: Int[Tensor, " closed"] = is_closed.nonzero().flatten()
+        self.open: Int[Tensor, " open"] = (~is_closed).nonzero().flatten()
         self.plan = plan.select(self.open, self.closed)
-        self.keys_values: list[tuple[Tensor, Tensor]] = []
-        self.closed_states: Tensor | None = None
+        self._keys_values: dict[int, tuple[Tensor, Tensor]] = {}
+        self._closed_states: Tensor | None = None
+
+    @property
+    def length(self) -> int:
+        """Columns of the canvas."""
+        return len(self.closed) + len(self.open)
 
     @property
     def is_filled(self) -> bool:
-        """True once the first forward has stored the closed columns."""
-        return self.closed_states is not None
+        """True once a forward has stored the closed columns."""
+        return self._closed_states is not None
 
-    def store(self, keys: Tensor, values: Tensor) -> None:
-        """Keep the closed columns of one layer, called layer by layer in the first forward."""
-        self.keys_values.append((keys[:, self.closed].detach(), values[:, self.closed].detach()))
+    def update(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys and values one layer attends to, (batch, columns, heads, dim).
 
-    def extend(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        """Keys and values of the closed columns followed by those of the open ones."""
-        closed_keys, closed_values = self.keys_values[layer]
+        In the first forward the closed columns are kept and the arguments come back; later the
+        kept columns come first, followed by the arguments.
+        """
+        if not self.is_filled:
+            self._keys_values[layer] = (
+                keys[:, self.closed].detach(),
+                values[:, self.closed].detach(),
+            )
+            return keys, values
+        closed_keys, closed_values = self._keys_values[layer]
         return torch.cat([closed_keys, keys], dim=1), torch.cat([closed_values, values], dim=1)
 
     def finish(self, hidden_states: Tensor) -> Tensor:
         """Hidden states of the whole canvas, whichever columns were computed."""
-        if self.closed_states is None:
-            self.closed_states = hidden_states[:, self.closed].detach()
+        if self._closed_states is None:
+            self._closed_states = hidden_states[:, self.closed].detach()
             return hidden_states
-        length = len(self.closed) + len(self.open)
-        whole = hidden_states.new_empty(hidden_states.shape[0], length, hidden_states.shape[-1])
-        whole[:, self.closed] = self.closed_states.to(whole.dtype)
+        shape = (hidden_states.shape[0], self.length, hidden_states.shape[-1])
+        whole = hidden_states.new_empty(shape)
+        whole[:, self.closed] = self._closed_states.to(whole.dtype)
         whole[:, self.open] = hidden_states
         return whole
 
-    def invalidate(self) -> None:
-        """Forget everything; the next forward computes the whole canvas again."""
-        self.keys_values.clear()
-        self.closed_states = None
+    def invalidate(self, rows: Tensor | None = None, start: int = 0) -> None:
+        """Forget what a changed canvas made stale; the next forward computes all columns again.
+
+        Args:
+            rows: Rows that changed; None for all. Columns are shared by rows, so one changed row
+                makes the forward whole.
+            start: First column that changed; nothing is forgotten when every closed column lies
+                before it and the canvas kept its length.
+        """
+        has_rows = rows is None or rows.numel() > 0
+        if has_rows and bool((self.closed >= start).any()):
+            self._keys_values.clear()
+            self._closed_states = None
 
 
 def build_cache(

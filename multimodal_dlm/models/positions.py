@@ -17,14 +17,10 @@ from multimodal_dlm.errors import ConfigError
 
 @dataclass(frozen=True)
 class Rotary:
-    """Cosines and sines of the angles, float32, (batch, length, rotary_dim)."""
+    """Cosines and signed sines (-sin on the first half), (batch, length, rotary_dim)."""
 
     cos: Float[Tensor, "batch length dim"]
     sin: Float[Tensor, "batch length dim"]
-
-    def select(self, columns: Tensor) -> "Rotary":
-        """The entries of some columns."""
-        return Rotary(self.cos[:, columns], self.sin[:, columns])
 
 
 def check_axes(axes_dims: Sequence[int], rotary_dim: int) -> tuple[int, ...]:
@@ -35,7 +31,7 @@ def check_axes(axes_dims: Sequence[int], rotary_dim: int) -> tuple[int, ...]:
     if sum(axes) != rotary_dim:
         raise ConfigError(
             "`axes_dims_rope` must sum to `head_dim` x `partial_rotary_factor`; got"
-            f" {axes} with sum {sum(axes)} and {rotary_dim}."
+            f" {axes} with sum {sum(axes)} and {rotary_dim}. Use ({rotary_dim},) for one axis."
         )
     return axes
 
@@ -45,29 +41,32 @@ def rotary_tables(
     *,
     axes_dims: Sequence[int],
     theta: float,
+    dtype: torch.dtype = torch.float32,
 ) -> Rotary:
-    """Angles position x theta^(-2i/dim) of every axis, side by side; float64 inside.
+    """Angles position x theta^(-2i/dim) of every axis, side by side.
+
+    The tables are made in float64 at every forward: a buffer would be cast by `model.to(bf16)`.
 
     Args:
         position_ids: Coordinates; only the first `len(axes_dims)` axes are read.
         axes_dims: Rotary dimensions owned by each axis.
         theta: Base of the geometric series of frequencies.
+        dtype: Of the result.
+
+    Raises:
+        ConfigError: When `position_ids` has too few axes.
     """
     if position_ids.shape[-1] < len(axes_dims):
         raise ConfigError(
             f"`position_ids` must have {len(axes_dims)} axes; got {position_ids.shape[-1]}."
         )
-    frequencies = [
-        torch.exp(
-            torch.arange(0, dim, 2, dtype=torch.float64, device=position_ids.device)
-            * (-math.log(theta) / dim)
-        )
-        for dim in axes_dims
-    ]
-    angles = torch.cat(
-        [position_ids[..., i, None].double() * f for i, f in enumerate(frequencies)], dim=-1
-    )
-    cos, sin = angles.cos(), angles.sin()
+    angles = []
+    for axis, dim in enumerate(axes_dims):
+        steps = torch.arange(0, dim, 2, dtype=torch.float64, device=position_ids.device)
+        frequencies = torch.exp(steps * (-math.log(theta) / dim))
+        angles.append(position_ids[..., axis, None].double() * frequencies)
+    angle = torch.cat(angles, dim=-1)
+    cos, sin = angle.cos().to(dtype), angle.sin().to(dtype)
     return Rotary(torch.cat([cos, cos], dim=-1), torch.cat([-sin, sin], dim=-1))
 
 
@@ -75,12 +74,8 @@ def apply_rotary(
     heads: Float[Tensor, "batch length heads dim"], rotary: Rotary
 ) -> Float[Tensor, "batch length heads dim"]:
     """Rotate the first rotary dimensions of each head and leave the others alone."""
-    dim = rotary.cos.shape[-1]
-    # float64 heads (exactness tests) keep float64 tables; all others get float32 ones.
-    dtype = torch.float64 if heads.dtype == torch.float64 else torch.float32
-    cos, sin = rotary.cos.to(dtype).unsqueeze(2), rotary.sin.to(dtype).unsqueeze(2)
-    if heads.dtype == torch.bfloat16:
-        cos, sin = cos.bfloat16(), sin.bfloat16()
+    cos, sin = rotary.cos.unsqueeze(2), rotary.sin.unsqueeze(2)
+    dim = cos.shape[-1]
     turned = heads[..., :dim]
     swapped = torch.cat([turned[..., dim // 2 :], turned[..., : dim // 2]], dim=-1)
     rotated = turned * cos + swapped * sin

@@ -6,6 +6,7 @@ positions and the modality that the caller asks for, never for everything.
 """
 
 import math
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -14,26 +15,30 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from diffusers.configuration_utils import ConfigMixin, register_to_config
+from diffusers.hooks._helpers import TransformerBlockMetadata, TransformerBlockRegistry
 from diffusers.loaders import PeftAdapterMixin
 from diffusers.models.attention import AttentionMixin
+from diffusers.models.attention_dispatch import (
+    AttentionBackendName,
+    _check_attention_backend_requirements,
+    _maybe_download_kernel_for_backend,
+)
 from diffusers.models.cache_utils import CacheMixin
 from diffusers.models.modeling_utils import ModelMixin
 from diffusers.utils import BaseOutput
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from multimodal_dlm.errors import ConfigError
-from multimodal_dlm.models.attention import (
-    RMSNorm,
-    UnifiedAttention,
-    UnifiedAttnProcessor,
-    check_backend,
-)
+from multimodal_dlm.errors import BackendError, ConfigError
+from multimodal_dlm.models.attention import OWN_BACKENDS, UnifiedAttention, check_backend
 from multimodal_dlm.models.attention_plan import AttentionPlan
+from multimodal_dlm.models.fused import GatedAdd, GatedUnit, NormModulate, use_fused
 from multimodal_dlm.models.kv_cache import PrefixCache, PrefixCacheConfig, build_cache
 from multimodal_dlm.models.noise_conditioning import Modulation, NoiseConditioning
 from multimodal_dlm.models.positions import Rotary, check_axes, rotary_tables
 from multimodal_dlm.vocabulary import UnifiedVocabulary
+
+LORA_TARGETS = ("to_qkv", "to_out", "gate_up_proj", "down_proj")
 
 
 @dataclass
@@ -51,19 +56,80 @@ class UnifiedTransformerOutput(BaseOutput):
     auxiliary_loss: Tensor | None = None
 
 
+class RMSNorm(nn.Module):
+    """x / rms(x) x weight (Zhang and Sennrich 2019, arXiv 1910.07467, Eq. 4).
+
+    With a modulation the normalised token also takes its level's (1 + scale) and shift. Weight and
+    tables are cast to the dtype of x, or autocast would leave the low-precision kernels.
+
+    Args:
+        size: Size of the last dimension.
+        eps: Added to the mean square.
+    """
+
+    def __init__(self, size: int, eps: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(size))
+        self.eps = eps
+
+    def forward(
+        self,
+        hidden_states: Float[Tensor, "batch length width"],
+        modulation: Modulation | None = None,
+        shift: Float[Tensor, "rows width"] | None = None,
+        scale: Float[Tensor, "rows width"] | None = None,
+    ) -> Float[Tensor, "batch length width"]:
+        """Same shape and dtype in and out."""
+        dtype = hidden_states.dtype
+        if use_fused(hidden_states):
+            rows, one_hot, factor = None, None, self.weight[None].to(dtype)
+            if modulation is not None and scale is not None and shift is not None:
+                rows, one_hot = modulation.flat_rows, modulation.one_hot
+                factor = (self.weight * (1 + scale.float())).to(dtype)
+                shift = shift.to(dtype)
+            flat = hidden_states.flatten(0, 1)
+            normed = NormModulate.apply(flat, factor, shift, rows, one_hot, self.eps)
+            return normed.view_as(hidden_states)
+        weight = self.weight.to(dtype)
+        normed = F.rms_norm(hidden_states, weight.shape, weight, self.eps)
+        if modulation is None or scale is None or shift is None:
+            return normed
+        rows = modulation.rows
+        return normed * F.embedding(rows, (1 + scale).to(dtype)) + F.embedding(
+            rows, shift.to(dtype)
+        )
+
+
+def add_gated(
+    hidden_states: Float[Tensor, "batch length width"],
+    update: Float[Tensor, "batch length width"],
+    modulation: Modulation,
+    gate: Float[Tensor, "rows width"],
+) -> Float[Tensor, "batch length width"]:
+    """hidden_states + update x (1 + gate of the token's level)."""
+    gate = (1 + gate).to(hidden_states.dtype)
+    if use_fused(hidden_states) and update.dtype == hidden_states.dtype:
+        rows, one_hot = modulation.flat_rows, modulation.one_hot
+        flat = hidden_states.flatten(0, 1), update.flatten(0, 1)
+        return GatedAdd.apply(*flat, gate, rows, one_hot).view_as(hidden_states)
+    return hidden_states + update * F.embedding(modulation.rows, gate)
+
+
 class SwiGLU(nn.Module):
-    """down(silu(gate x) * up x) (Shazeer 2020, arXiv 2002.05202, Eq. 6)."""
+    """down(silu(gate x) * up x) (Shazeer 2020, arXiv 2002.05202, Eq. 6), gate and up in one."""
 
     def __init__(self, hidden_size: int, intermediate_size: int) -> None:
         super().__init__()
-        self.gate_proj = nn.Linear(hidden_size, intermediate_size, bias=False)
-        self.up_proj = nn.Linear(hidden_size, intermediate_size, bias=False)
+        self.gate_up_proj = nn.Linear(hidden_size, 2 * intermediate_size, bias=False)
         self.down_proj = nn.Linear(intermediate_size, hidden_size, bias=False)
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         """Same shape in and out."""
-        gated = F.silu(self.gate_proj(hidden_states)) * self.up_proj(hidden_states)
-        return self.down_proj(gated)
+        both = self.gate_up_proj(hidden_states)
+        if use_fused(both):
+            return self.down_proj(GatedUnit.apply(both))
+        gate, up = both.chunk(2, dim=-1)
+        return self.down_proj(F.silu(gate) * up)
 
 
 class UnifiedTransformerBlock(nn.Module):
@@ -92,14 +158,12 @@ class UnifiedTransformerBlock(nn.Module):
             attended = self.attn(self.norm1(hidden_states), rotary, plan, kv_cache)
             hidden_states = hidden_states + attended
             return hidden_states + self.mlp(self.norm2(hidden_states))
-        shift1, scale1, gate1, shift2, scale2, gate2 = modulation.block_factors(
-            self.scale_shift_table
-        )
-        inner = self.norm1(hidden_states) * (1 + scale1) + shift1
+        shift1, scale1, gate1, shift2, scale2, gate2 = modulation.tables(self.scale_shift_table)
+        inner = self.norm1(hidden_states, modulation, shift1, scale1)
         attended = self.attn(inner, rotary, plan, kv_cache)
-        hidden_states = hidden_states + attended * (1 + gate1)
-        inner = self.norm2(hidden_states) * (1 + scale2) + shift2
-        return hidden_states + self.mlp(inner) * (1 + gate2)
+        hidden_states = add_gated(hidden_states, attended, modulation, gate1)
+        inner = self.norm2(hidden_states, modulation, shift2, scale2)
+        return add_gated(hidden_states, self.mlp(inner), modulation, gate2)
 
 
 class Head(nn.Module):
@@ -139,11 +203,15 @@ class UnifiedTransformerModel(
         noise_conditioning: `ada_norm_single`, `additive` or `none`.
         logits_shift: 1 reads the state of the previous token of the row (autoregressive weights).
         mlp_type: `dense`.
+
+    `fsdp_forward_methods` names what FSDP must register besides `forward`
+    (`torch.distributed.fsdp.register_fsdp_forward_method`).
     """
 
     _supports_gradient_checkpointing = True
     _no_split_modules = ["UnifiedTransformerBlock"]
     _repeated_blocks = ["UnifiedTransformerBlock"]
+    fsdp_forward_methods = ("embed", "compute_logits")
     _skip_layerwise_casting_patterns = ["embed_tokens", "head", "norm", "level_conditioning"]
 
     @register_to_config
@@ -185,7 +253,9 @@ class UnifiedTransformerModel(
         if logits_shift not in (0, 1):
             raise ConfigError(f"`logits_shift` must be 0 or 1; got {logits_shift}.")
         if mlp_type != "dense":
-            raise ConfigError(f"`mlp_type` must be `dense`; got `{mlp_type}`.")
+            raise ConfigError(
+                f"`mlp_type` must be `dense`; got `{mlp_type}`. Mixtures of experts are not built."
+            )
         self.rotary_axes = check_axes(axes_dims_rope, int(width * partial_rotary_factor))
         vocab_size = UnifiedVocabulary.from_dict(vocabulary).vocab_size
         self.embed_tokens = nn.Embedding(vocab_size, hidden_size)
@@ -210,7 +280,7 @@ class UnifiedTransformerModel(
         self.norm = RMSNorm(hidden_size, norm_eps)
         self.head = Head(vocab_size, hidden_size, tied=tie_word_embeddings)
         self.gradient_checkpointing = False
-        self._cache_config: PrefixCacheConfig | None = None
+        self._prefix_cache: PrefixCacheConfig | None = None
         self._init_weights(num_layers)
 
     def _init_weights(self, num_layers: int) -> None:
@@ -266,26 +336,55 @@ class UnifiedTransformerModel(
         Returns:
             States of every column, computed now or kept by the cache.
         """
-        del modality_ids
+        del (
+            modality_ids
+        )  # A shared mask id has one embedding; only `compute_logits` tells it apart.
         if (input_ids is None) == (inputs_embeds is None):
             raise ConfigError("Give exactly one of `input_ids` and `inputs_embeds`.")
+        plan = attention_plan
         if kv_cache is not None and kv_cache.is_filled:
-            columns = kv_cache.open
+            if noise_levels.shape[1] != kv_cache.length:
+                raise ConfigError(
+                    f"`kv_cache` was made for {kv_cache.length} columns; got"
+                    f" {noise_levels.shape[1]}. Make a new one with `new_cache`."
+                )
+            columns, plan = kv_cache.open, kv_cache.plan
             input_ids = None if input_ids is None else input_ids[:, columns]
             inputs_embeds = None if inputs_embeds is None else inputs_embeds[:, columns]
             noise_levels, position_ids = noise_levels[:, columns], position_ids[:, columns]
-            plan = kv_cache.plan
-        else:
-            plan = attention_plan
         hidden_states = self.embed(input_ids) if input_ids is not None else inputs_embeds
         assert hidden_states is not None
         hidden_states = hidden_states.to(self._compute_dtype(hidden_states))
+        if hidden_states.shape[1] > 0:
+            hidden_states = self._run_blocks(
+                hidden_states, noise_levels, position_ids, plan, kv_cache, conditioning_embeds
+            )
+        if kv_cache is not None:
+            hidden_states = kv_cache.finish(hidden_states)
+        if self.config["logits_shift"]:
+            hidden_states = previous_states(hidden_states, attention_plan.is_padding)
+        return UnifiedTransformerOutput(hidden_states=hidden_states)
+
+    def _run_blocks(
+        self,
+        hidden_states: Tensor,
+        noise_levels: Tensor,
+        position_ids: Tensor,
+        plan: AttentionPlan,
+        kv_cache: PrefixCache | None,
+        conditioning_embeds: Tensor | None,
+    ) -> Tensor:
+        """Embeddings -> normalised final states of the same columns."""
         modulation = self.level_conditioning(noise_levels, conditioning_embeds)
-        if modulation is not None and self.config["noise_conditioning"] == "additive":
-            hidden_states = hidden_states + modulation.token_embedding()
+        if modulation is not None and self.level_conditioning.kind == "additive":
+            added = self.level_conditioning.token_embedding(modulation, noise_levels > 0)
+            hidden_states = hidden_states + added.to(hidden_states.dtype)
             modulation = None
         rotary = rotary_tables(
-            position_ids, axes_dims=self.rotary_axes, theta=self.config["rope_theta"]
+            position_ids,
+            axes_dims=self.rotary_axes,
+            theta=self.config["rope_theta"],
+            dtype=hidden_states.dtype,
         )
         for block in self.blocks:
             if torch.is_grad_enabled() and self.gradient_checkpointing:
@@ -294,12 +393,7 @@ class UnifiedTransformerModel(
                 )
             else:
                 hidden_states = block(hidden_states, rotary, plan, modulation, kv_cache)
-        hidden_states = self.norm(hidden_states)
-        if kv_cache is not None:
-            hidden_states = kv_cache.finish(hidden_states)
-        if self.config["logits_shift"]:
-            hidden_states = _previous_states(hidden_states, attention_plan.is_padding)
-        return UnifiedTransformerOutput(hidden_states=hidden_states)
+        return self.norm(hidden_states)
 
     def _compute_dtype(self, hidden_states: Tensor) -> torch.dtype:
         """bf16 activations under autocast, so that elementwise work is not done in float32."""
@@ -315,66 +409,103 @@ class UnifiedTransformerModel(
         rows = self.vocabulary.columns(modality)
         return self.head(hidden_states, rows, self.embed_tokens.weight)
 
-    # Attention backends and caches.
+    # Attention backends.
 
     def set_attention_backend(self, backend: str) -> None:
-        """Choose the backend of this model alone: `auto`, `eager` or one of Diffusers'."""
-        check_backend(backend)
+        """Choose the backend of this model alone: `auto`, `eager` or one of Diffusers'.
+
+        Unlike Diffusers' own setter it leaves the process-wide default alone.
+
+        Raises:
+            ConfigError: When the name is unknown.
+            BackendError: When it cannot run on the model's device or its package is missing.
+        """
+        name = check_backend(backend.lower(), self.device)
+        if name not in OWN_BACKENDS:
+            try:
+                _check_attention_backend_requirements(AttentionBackendName(name))
+                _maybe_download_kernel_for_backend(AttentionBackendName(name))
+            except (RuntimeError, ImportError) as error:
+                raise BackendError(
+                    f"Attention backend `{name}` is not usable here: {error} Install what it needs"
+                    " or use `native`."
+                ) from error
         for module in self.modules():
             if isinstance(module, UnifiedAttention):
-                processor = UnifiedAttnProcessor()
-                processor._attention_backend = backend
-                module.set_processor(processor)
+                module.processor._attention_backend = name
 
     def reset_attention_backend(self) -> None:
-        """Back to `auto`."""
+        """Back to the automatic choice."""
         self.set_attention_backend("auto")
 
+    # Caches.
+
     def enable_cache(self, config: Any) -> None:
-        """Choose a cache: ours is recorded and made per canvas, Diffusers' own are installed."""
+        """Choose a cache: ours is recorded and made per canvas, Diffusers' own are installed.
+
+        Raises:
+            ConfigError: When a cache is enabled already.
+        """
+        if self.is_cache_enabled:
+            raise ConfigError(
+                "A cache is enabled already; got a second one. Call `disable_cache()` first."
+            )
         if isinstance(config, PrefixCacheConfig):
-            self._cache_config = config
-        else:
-            super().enable_cache(config)
+            self._prefix_cache = config
+            return
+        TransformerBlockRegistry.register(
+            UnifiedTransformerBlock, TransformerBlockMetadata(return_hidden_states_index=0)
+        )
+        super().enable_cache(config)
 
     def disable_cache(self) -> None:
         """No cache."""
-        if self._cache_config is not None:
-            self._cache_config = None
-        else:
+        if self._prefix_cache is None and self._cache_config is not None:
             super().disable_cache()
+            self._cache_config = None
+        self._prefix_cache = None
 
     @property
     def is_cache_enabled(self) -> bool:
         """True after `enable_cache`."""
-        return self._cache_config is not None or super().is_cache_enabled
+        return self._prefix_cache is not None or self._cache_config is not None
 
     def new_cache(
         self, plan: AttentionPlan, is_free: Bool[Tensor, "batch length"]
     ) -> PrefixCache | None:
-        """A cache for one canvas and one branch, or None when none was chosen."""
-        if self._cache_config is None:
+        """A cache for one canvas and one branch, or None when none of ours was chosen."""
+        if self._prefix_cache is None:
             return None
-        return build_cache(self._cache_config, plan, is_free)
+        return build_cache(self._prefix_cache, plan, is_free)
+
+    # Adapters.
 
     def add_adapter(self, adapter_config: Any, adapter_name: str = "default") -> None:
         """Add a LoRA adapter (peft).
 
         Raises:
-            ConfigError: When the head is a target; only its rows are used, so an adapter on it
-                would be ignored.
+            ConfigError: When the head or the embedding is a target: only rows of their weights are
+                used, functionally, so an adapter on them would be ignored.
         """
-        targets = getattr(adapter_config, "target_modules", None) or ()
-        names = [targets] if isinstance(targets, str) else list(targets)
-        if any(name.split(".")[-1] in ("head", "embed_tokens") for name in names):
-            raise ConfigError(
-                f"`target_modules` may not hold `head` or `embed_tokens`; got {names}. Use `to_q`,"
-                " `to_k`, `to_v`, `to_out`, `gate_proj`, `up_proj`, `down_proj`."
-            )
+        for option in ("target_modules", "modules_to_save"):
+            targets = getattr(adapter_config, option, None) or ()
+            for module in ("head", "embed_tokens"):
+                if _is_target(module, targets):
+                    raise ConfigError(
+                        f"`{option}` may not hold `head` or `embed_tokens`; got {targets}. Use"
+                        f" {', '.join(f'`{name}`' for name in LORA_TARGETS)}."
+                    )
         super().add_adapter(adapter_config, adapter_name)
 
 
-def _previous_states(
+def _is_target(module: str, targets: Any) -> bool:
+    """Whether peft would take `module` as a target: a regular expression, or names."""
+    if isinstance(targets, str):
+        return targets != "all-linear" and re.fullmatch(targets, module) is not None
+    return any(name == module or name.endswith(f".{module}") for name in targets)
+
+
+def previous_states(
     hidden_states: Float[Tensor, "batch length width"], is_padding: Bool[Tensor, "batch length"]
 ) -> Float[Tensor, "batch length width"]:
     """The state of the previous non-padding token of the row (of the token itself at the start)."""
