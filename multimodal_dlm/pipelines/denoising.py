@@ -298,7 +298,9 @@ class _Loop:
             state=run.state,
             is_free=is_free,
             generator=run.generators,
-            token_quality=None if quality is None else quality[:, group.columns(branches[0].canvas)],
+            token_quality=None
+            if quality is None
+            else quality[:, group.columns(branches[0].canvas)],
             allowed=self.vocabulary.allowed_columns(self.canvas.input_ids[:, part], group.modality),
         )
         run.state = stepped.state
@@ -364,9 +366,7 @@ class _Loop:
 
     def output(self, *, is_complete: bool) -> DenoisingOutput:
         """The result of the run."""
-        return DenoisingOutput(
-            self.canvas, self.forwards.num_forwards, self.num_steps, is_complete
-        )
+        return DenoisingOutput(self.canvas, self.forwards.num_forwards, self.num_steps, is_complete)
 
 
 def noise_groups(canvas: Canvas, modalities: Sequence[str]) -> list[list[Group]]:

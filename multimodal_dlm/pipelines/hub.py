@@ -8,14 +8,14 @@ import importlib
 import json
 import tempfile
 from collections.abc import Mapping
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any, Self
 
-from huggingface_hub import create_repo, snapshot_download, upload_folder
+from huggingface_hub import CommitOperationAdd, HfApi, snapshot_download
 
 from multimodal_dlm.errors import CheckpointError, ConfigError, unknown_name
 from multimodal_dlm.pipelines.manifest import verify_manifest, write_manifest
-from multimodal_dlm.pipelines.model_card import CARD_NAME, CardInfo, render_card
+from multimodal_dlm.pipelines.model_card import CardInfo, render_card
 
 INDEX_NAME = "model_index.json"
 DOWNLOAD_PATTERNS = ("*.json", "*.safetensors", "*.txt", "*.jinja", "*.md", "SHA256SUMS")
@@ -161,14 +161,18 @@ def upload(
     create_pr: bool = False,
     subfolder: str | None = None,
 ) -> str:
-    """Upload a saved folder in one commit and return the commit's address."""
-    repo_id = create_repo(repo_id, private=private, token=token, exist_ok=True).repo_id
-    commit = upload_folder(
-        repo_id=repo_id,
-        folder_path=folder,
-        path_in_repo=subfolder,
+    """Upload a saved folder in one commit, all or nothing, and return the commit's address."""
+    api = HfApi(token=token)
+    repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    inside = PurePosixPath(subfolder or "")
+    commit = api.create_commit(
+        repo_id,
+        [
+            CommitOperationAdd((inside / path.relative_to(folder).as_posix()).as_posix(), path)
+            for path in files
+        ],
         commit_message=commit_message or "Upload pipeline",
-        token=token,
         create_pr=create_pr,
     )
     return str(commit.commit_url)

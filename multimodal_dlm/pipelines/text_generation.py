@@ -75,7 +75,9 @@ class UnifiedTextGenerationPipeline(UnifiedPipeline):
         check_guidance(guidance_scale, guidance_start, guidance_stop)
         check_output_type(output_type, TEXT_OUTPUT_TYPES)
         if template is not None:
-            canvas = self._template_canvas(prompt, template, image, gen_length, num_texts_per_prompt)
+            canvas = self._template_canvas(
+                prompt, template, image, gen_length, num_texts_per_prompt
+            )
         else:
             canvas = self._prompt_canvas(prompt, image, gen_length, num_texts_per_prompt)
         if num_inference_steps is None:
