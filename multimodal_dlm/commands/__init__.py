@@ -1,0 +1,1 @@
+"""The commands of `multimodal-dlm`: one module a group, nothing heavy imported before it runs."""

@@ -1,0 +1,41 @@
+"""The command that writes a model card."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from multimodal_dlm.commands.loading import RELEASED_PIPELINE
+from multimodal_dlm.commands.reporting import Report
+from multimodal_dlm.errors import CheckpointError
+
+if TYPE_CHECKING:
+    from jsonargparse import ArgumentParser
+
+
+def add_options(parser: "ArgumentParser", name: str) -> None:
+    """Add the options of the command."""
+    parser.add_argument(
+        "pipeline", nargs="?", type=str, default=RELEASED_PIPELINE, help="folder of a pipeline"
+    )
+    parser.add_function_arguments(run_card, skip={"pipeline"}, as_group=False)
+
+
+def run_card(pipeline: str = RELEASED_PIPELINE, *, output: str | None = None) -> Report:
+    """Write the model card of a saved pipeline.
+
+    Args:
+        pipeline: Folder of the pipeline.
+        output: file; null writes README.md into the folder
+    """
+    from multimodal_dlm.pipelines import load_pipeline
+    from multimodal_dlm.pipelines.manifest import hash_files
+    from multimodal_dlm.pipelines.model_card import render_card
+
+    if not Path(pipeline).is_dir():
+        raise CheckpointError(
+            f"`pipeline` must be a folder on this machine; there is no folder `{pipeline}`."
+        )
+    card = render_card(load_pipeline(pipeline), hash_files(pipeline))
+    path = Path(pipeline) / "README.md" if output is None else Path(output)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(card, encoding="utf-8")
+    return Report({"card": str(path), "lines": len(card.splitlines())}, str(path))

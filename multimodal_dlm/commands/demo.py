@@ -1,0 +1,222 @@
+"""The demo: every task on the released pipeline, in a minute on two CPU cores."""
+
+import json
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from multimodal_dlm.commands.loading import RELEASED_PIPELINE, load, seeded
+from multimodal_dlm.commands.pictures import box_mask
+from multimodal_dlm.commands.reporting import Report, say
+from multimodal_dlm.errors import CheckpointError, DataError
+
+if TYPE_CHECKING:
+    from jsonargparse import ArgumentParser
+    from PIL import Image
+
+    from multimodal_dlm.datasets.manifest import Manifest
+    from multimodal_dlm.datasets.schema import Sample
+    from multimodal_dlm.pipelines import UnifiedPipeline
+
+PROMPTS = (
+    "a red apple", "a house", "a car", "a fish", "a rocket", "a red heart", "a pizza",
+    "a tree", "a yellow star", "a dog face", "a bicycle", "a soccer ball",
+)  # fmt: skip
+HOLE = (0.5, 0.0, 1.0, 1.0)  # The right half.
+INPAINT_RESULTS = 3
+HELD_OUT_SPLITS = ("unseen_combinations", "test", "val")
+PICTURES_PER_SOURCE = 4
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """One held-out picture: what the model says beside the truth."""
+
+    key: str
+    source: str
+    split: str
+    caption: str
+    true_caption: str
+    question: str | None = None
+    answer: str | None = None
+    true_answer: str | None = None
+
+
+def add_options(parser: "ArgumentParser", name: str) -> None:
+    """Add the options of the command."""
+    parser.add_function_arguments(run_demo, as_group=False)
+
+
+def run_demo(
+    *,
+    pipeline: str = RELEASED_PIPELINE,
+    data: str = "datasets/sample",
+    output: str = "out/demo",
+    seed: int = 0,
+    device: str = "auto",
+) -> Report:
+    """Draw, inpaint, describe and answer with one model.
+
+    Args:
+        pipeline: folder of a saved pipeline, or `owner/name` on the Hub
+        data: manifest, or folder with one, of held-out pictures to describe
+        output: folder for `prompts.png`, `inpaint.png` and `demo.json`
+        seed: of the first picture; picture i has seed + i
+        device: auto, cpu, cuda, cuda:1, mps
+    """
+    start = time.perf_counter()
+    if pipeline == RELEASED_PIPELINE and not Path(pipeline, "model_index.json").is_file():
+        raise CheckpointError(
+            f"The released pipeline `{pipeline}` must be in the working directory; it is not."
+            " Run this in the root of the repository, or give --pipeline FOLDER."
+        )
+    manifest = find_manifest(data)
+    say("importing torch, diffusers and transformers (several seconds)")
+    from multimodal_dlm.pipelines import UnifiedTextToImagePipeline
+
+    loaded = load(UnifiedTextToImagePipeline, pipeline, device)
+    folder = Path(output)
+    folder.mkdir(parents=True, exist_ok=True)
+    seconds = {"load": time.perf_counter() - start}
+    say(f"drawing {len(PROMPTS)} prompts")
+    images = _timed(seconds, "prompts", lambda: _draw(loaded, folder, seed))
+    say(f"inpainting the right half of the first picture {INPAINT_RESULTS} times")
+    _timed(seconds, "inpaint", lambda: _inpaint(loaded, images[0], folder, seed))
+    samples = held_out_samples(manifest)
+    say(f"describing {len(samples)} held-out pictures")
+    rows = _timed(seconds, "understanding", lambda: _describe(loaded, samples))
+    seconds["total"] = time.perf_counter() - start
+    values = {
+        "pipeline": pipeline,
+        "seed": seed,
+        "prompts": list(PROMPTS),
+        "held_out": [asdict(row) for row in rows],
+        "seconds": {name: round(value, 2) for name, value in seconds.items()},
+        "files": [str(folder / name) for name in ("prompts.png", "inpaint.png", "demo.json")],
+    }
+    text = json.dumps(values, indent=2, ensure_ascii=False)
+    (folder / "demo.json").write_text(text + "\n", encoding="utf-8")
+    return Report(values, _summary(rows, values))
+
+
+def find_manifest(data: str) -> "Manifest":
+    """Open a manifest, or the only mixture (else the first manifest) of a folder.
+
+    Raises:
+        DataError: When there is no manifest.
+    """
+    from multimodal_dlm.datasets.manifest import open_manifest
+
+    path = Path(data)
+    if path.is_dir():
+        candidates = sorted(path.glob("*.yaml"))
+        named = [each for each in candidates if each.stem in ("manifest", "mixture", path.name)]
+        if not candidates:
+            raise DataError(f"`data` must hold a manifest (*.yaml); got the folder `{data}`.")
+        path = (named or candidates)[0]
+    return open_manifest(path)
+
+
+def held_out_samples(manifest: "Manifest") -> "list[tuple[str, str, Sample]]":
+    """The first pictures of a held-out split of every source: (source, split, sample)."""
+    from itertools import islice
+
+    from multimodal_dlm.datasets.reading import iterate_samples
+
+    found = []
+    for source in manifest.sources.values():
+        split = next((name for name in HELD_OUT_SPLITS if source.count(name)), None)
+        if split is not None:
+            pictures = islice(iterate_samples(source, split), PICTURES_PER_SOURCE)
+            found += [(source.name, split, sample) for sample in pictures]
+    return found
+
+
+def _draw(pipeline: "UnifiedPipeline", folder: Path, seed: int) -> "list[Image.Image]":
+    from multimodal_dlm.evaluation.sheets import contact_sheet
+
+    images = pipeline(list(PROMPTS), generator=seeded(seed, len(PROMPTS))).images
+    contact_sheet(images, PROMPTS).save(folder / "prompts.png")
+    return images
+
+
+def _inpaint(
+    pipeline: "UnifiedPipeline", picture: "Image.Image", folder: Path, seed: int
+) -> "list[Image.Image]":
+    from PIL import Image
+
+    from multimodal_dlm.evaluation.sheets import contact_sheet
+    from multimodal_dlm.pipelines import UnifiedInpaintPipeline
+
+    inpaint = UnifiedInpaintPipeline.from_pipe(pipeline)
+    inpaint.set_progress_bar_config(disable=True)
+    mask = box_mask(picture.size, HOLE)
+    results = inpaint(
+        PROMPTS[0],
+        picture,
+        mask,
+        num_images_per_prompt=INPAINT_RESULTS,
+        generator=seeded(seed, INPAINT_RESULTS),
+    ).images
+    hole = Image.composite(Image.new("RGB", picture.size, (128, 128, 128)), picture, mask)
+    captions = ["original", "hole", *(f"result {n + 1}" for n in range(INPAINT_RESULTS))]
+    contact_sheet([picture, hole, *results], captions, columns=5).save(folder / "inpaint.png")
+    return results
+
+
+def _describe(
+    pipeline: "UnifiedPipeline", samples: "list[tuple[str, str, Sample]]"
+) -> list[HeldOut]:
+    from PIL import Image
+
+    from multimodal_dlm.pipelines import UnifiedImageToTextPipeline
+
+    if not samples:
+        return []
+    read = UnifiedImageToTextPipeline.from_pipe(pipeline)
+    read.set_progress_bar_config(disable=True)
+    pictures = [Image.fromarray(sample.image) for _, _, sample in samples]
+    captions = read(pictures).texts
+    # A different question of each picture, so that several kinds are shown.
+    pairs = [
+        sample.record.qa[place % len(sample.record.qa)] if sample.record.qa else None
+        for place, (_, _, sample) in enumerate(samples)
+    ]
+    asked = [place for place, pair in enumerate(pairs) if pair is not None]
+    questions = [pair.question for pair in pairs if pair is not None]
+    texts = read([pictures[place] for place in asked], questions).texts if asked else []
+    answers = dict(zip(asked, texts, strict=True))
+    return [
+        HeldOut(
+            key=sample.key,
+            source=source,
+            split=split,
+            caption=captions[place],
+            true_caption=sample.record.captions[0],
+            question=pair.question if (pair := pairs[place]) else None,
+            answer=answers.get(place),
+            true_answer=pair.answer if pair else None,
+        )
+        for place, (source, split, sample) in enumerate(samples)
+    ]
+
+
+def _timed(seconds: dict[str, float], name: str, task: Any) -> Any:
+    start = time.perf_counter()
+    result = task()
+    seconds[name] = time.perf_counter() - start
+    return result
+
+
+def _summary(rows: list[HeldOut], values: dict[str, Any]) -> str:
+    lines = [f"drew {len(PROMPTS)} prompts: {', '.join(PROMPTS)}", ""]
+    if rows:
+        lines.append("held-out pictures, model beside truth:")
+    for row in rows:
+        lines.append(f"  {row.key}")
+        lines.append(f"    caption: {row.caption}  |  truth: {row.true_caption}")
+        if row.question is not None:
+            lines.append(f"    {row.question} {row.answer}  |  truth: {row.true_answer}")
+    seconds = ", ".join(f"{name} {value:.1f} s" for name, value in values["seconds"].items())
+    return "\n".join([*lines, "", seconds, *values["files"]])

@@ -1,0 +1,78 @@
+"""The command that measures captions and answers."""
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from multimodal_dlm.commands.demo import find_manifest
+from multimodal_dlm.commands.loading import RELEASED_PIPELINE, load
+from multimodal_dlm.commands.reporting import Report, say
+from multimodal_dlm.errors import unknown_name
+
+if TYPE_CHECKING:
+    from jsonargparse import ArgumentParser
+
+
+def add_options(parser: "ArgumentParser", name: str) -> None:
+    """Add the options of the command."""
+    parser.add_argument("manifest", type=str, help="YAML file, or a folder with one")
+    parser.add_function_arguments(run_evaluate, skip={"manifest"}, as_group=False)
+
+
+def run_evaluate(
+    manifest: str,
+    *,
+    source: str,
+    split: str = "test",
+    task: str = "answers",
+    pipeline: str = RELEASED_PIPELINE,
+    limit: int | None = None,
+    batch_size: int = 64,
+    output: str | None = None,
+    device: str = "auto",
+) -> Report:
+    """Measure captions or answers on held-out samples.
+
+    Args:
+        manifest: YAML file.
+        source: dataset of the manifest
+        split: held-out split
+        task: answers (exact match beside the blind baseline) or captions (exact name beside the
+            nearest training picture)
+        pipeline: folder of a saved pipeline, or `owner/name` on the Hub
+        limit: questions or pictures at most; null for all
+        batch_size: questions or pictures at once
+        output: JSON file for the result; null writes none
+        device: auto, cpu, cuda, cuda:1, mps
+    """
+    from multimodal_dlm.evaluation.understanding import evaluate_answers, evaluate_captions
+    from multimodal_dlm.pipelines import UnifiedImageToTextPipeline
+
+    tasks = {"answers": evaluate_answers, "captions": evaluate_captions}
+    if task not in tasks:
+        raise unknown_name("task", task, tasks)
+    sources = find_manifest(manifest).sources
+    if source not in sources:
+        raise unknown_name("source", source, sources)
+    loaded = load(UnifiedImageToTextPipeline, pipeline, device)
+    say(f"measuring {task} of {source}, split {split}")
+    result = tasks[task](loaded, sources[source], split=split, limit=limit, batch_size=batch_size)
+    values = {"task": task, "source": source, "split": split, "pipeline": pipeline, **result}
+    if output is not None:
+        Path(output).parent.mkdir(parents=True, exist_ok=True)
+        Path(output).write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+    return Report(values, _table(values))
+
+
+def _table(values: dict[str, Any]) -> str:
+    lines = [f"{values['task']} of {values['source']}, split {values['split']}"]
+    for name, row in values.items():
+        if isinstance(row, dict):
+            lines.append(
+                f"  {name:<26}{100 * row['accuracy']:6.2f} % ± {100 * row['standard_error']:.2f}"
+                f"  of {row['count']:,}"
+            )
+            lines += [
+                f"    {kind:<24}{100 * share:6.2f} %" for kind, share in row["by_type"].items()
+            ]
+    return "\n".join([*lines, f"{values['seconds']} s"])
