@@ -173,8 +173,8 @@ class DiscreteScheduler(SchedulerMixin, ConfigMixin):
 
     def begin(
         self,
-        sample: Int[Tensor, "batch seq"],
-        is_free: Bool[Tensor, "batch seq"],
+        sample: Tensor,
+        is_free: Tensor,
         modality: str,
         *,
         start: float | None = None,
@@ -183,8 +183,8 @@ class DiscreteScheduler(SchedulerMixin, ConfigMixin):
         """Open the run of one noise group.
 
         Args:
-            sample: Columns of the group; V where masked.
-            is_free: Positions the run may write.
+            sample: Columns of the group, (batch, seq); V where masked.
+            is_free: Positions the run may write, (batch, seq).
             modality: Entry of `config.modalities` to follow.
             start: Time at which this group begins, when it is not the modality's (blocks, chains).
             stop: Time at which this group ends, when it is not the modality's.
@@ -205,32 +205,33 @@ class DiscreteScheduler(SchedulerMixin, ConfigMixin):
 
     def step(
         self,
-        model_output: Float[Tensor, "batch seq columns"],
+        model_output: Tensor,
         timestep: float | Tensor,
-        sample: Int[Tensor, "batch seq"],
+        sample: Tensor,
         *,
         state: SchedulerState,
-        is_free: Bool[Tensor, "batch seq"],
+        is_free: Tensor,
         generator: torch.Generator | Sequence[torch.Generator] | None = None,
-        token_quality: Float[Tensor, "batch seq"] | None = None,
-        allowed: Bool[Tensor, "..."] | None = None,
+        token_quality: Tensor | None = None,
+        allowed: Tensor | None = None,
         return_dict: bool = True,
     ) -> DiscreteSchedulerOutput | tuple[Any, ...]:
         """Commit some of the masked free positions.
 
         Args:
-            model_output: Guided logits of the modality's V columns; there is no mask column.
+            model_output: Guided logits (batch, seq, V) of the modality's V columns; there is no
+                mask column. Any float type; the work is done in float32 or better.
             timestep: One of `timesteps`.
-            sample: Columns 0..V-1 where known, V where masked. A position that is neither free nor
-                known (padding, a frozen mask) holds V and is never touched.
+            sample: Columns (batch, seq), 0..V-1 where known, V where masked. A position that is
+                neither free nor known (padding, a frozen mask) holds V and is never touched.
             state: What `begin` or the last step returned.
-            is_free: Positions the run may write; constant during the run.
+            is_free: Positions the run may write, bool (batch, seq); constant during the run.
             generator: One generator per row. A row draws for all its free positions at each step
                 while it is unfinished, so its tokens do not depend on the other rows. None is
                 enough where nothing is drawn (temperature and choice temperature 0).
-            token_quality: Estimated probability that a known token is right; used by
-                self-correcting schedulers.
-            allowed: Columns each position may take, broadcastable to (batch, seq, columns); None
+            token_quality: Estimated probability that a known token is right, (batch, seq); used
+                by self-correcting schedulers.
+            allowed: Columns each position may take, bool, broadcastable to (batch, seq, V); None
                 for all.
             return_dict: False returns the fields as a tuple.
 

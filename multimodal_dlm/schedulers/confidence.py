@@ -105,8 +105,8 @@ def _best(
     is_masked: Bool[Tensor, "batch seq"],
     num_left: Int[Tensor, " batch"],
 ) -> Bool[Tensor, "batch seq"]:
-    """The best-scored masked positions of each row, all but `num_left`, at least one."""
-    count = (is_masked.sum(dim=1) - num_left).clamp(min=1)
+    """The best-scored masked positions of each row, all but `num_left`."""
+    count = is_masked.sum(dim=1) - num_left
     return is_masked & (rank_descending(scores) < count[:, None])
 
 

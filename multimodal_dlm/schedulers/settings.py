@@ -103,7 +103,7 @@ class ModalitySettings:
         return {**options, "mask_schedule_options": dict(self.mask_schedule_options)}
 
     @classmethod
-    def from_options(cls, modality: str, options: Mapping[str, Any]) -> "ModalitySettings":
+    def from_options(cls, modality: str, options: Any) -> "ModalitySettings":
         """Read one entry of `config.modalities`; options left out take their defaults.
 
         Raises:

@@ -32,10 +32,9 @@ def test_messages(options, message):
         ConfidenceScheduler(modalities={"words": options})
 
 
-@pytest.mark.parametrize("modalities", [{}, ["text"]])
-def test_modalities_must_be_a_dictionary(modalities):
-    with pytest.raises(ConfigError, match="`modalities` must be a dictionary"):
-        ConfidenceScheduler(modalities=modalities)
+def test_modalities_must_hold_an_entry():
+    with pytest.raises(ConfigError, match=r"`modalities` must be a dictionary.*one entry or more"):
+        ConfidenceScheduler(modalities={})
 
 
 def test_unknown_count_rule():

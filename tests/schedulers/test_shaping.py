@@ -76,3 +76,4 @@ def test_gumbel_noise_is_finite_and_has_the_right_mean_and_variance():
 def test_ranks_put_the_left_one_of_equals_first():
     scores = torch.tensor([[1.0, 3.0, 1.0, -math.inf], [0.0, 0.0, 0.0, 0.0]])
     assert rank_descending(scores).tolist() == [[1, 0, 2, 3], [0, 1, 2, 3]]
+    assert rank_descending(torch.zeros(2, 500)).tolist() == [list(range(500))] * 2
