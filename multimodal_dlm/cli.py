@@ -53,7 +53,7 @@ COMMANDS = {
     "data build": Command("data", "build the shards and the manifest of a dataset"),
     "data inspect": Command("data", "show counts, licences and examples of a manifest"),
     "evaluate": Command("evaluate", "measure captions and answers on held-out samples"),
-    "demo": Command("demo", "show all the tasks on the released pipeline in a minute"),
+    "demo": Command("demo", "show every task on the released pipeline"),
     "card": Command("card", "write the model card of a saved pipeline"),
 }
 GROUPS = {"data": "build or inspect datasets"}
@@ -103,10 +103,12 @@ def build_parser(output_format: str = "human") -> CommandParser:
     for name, command in COMMANDS.items():
         group, _, leaf = name.rpartition(" ")
         if group not in levels:
-            parser = CommandParser(description=GROUPS[group], output_format=output_format)
+            parser = CommandParser(
+                description=_sentence(GROUPS[group]), output_format=output_format
+            )
             levels[""].add_subcommand(group, parser, help=GROUPS[group])
             levels[group] = parser.add_level()
-        parser = CommandParser(description=command.summary, output_format=output_format)
+        parser = CommandParser(description=_sentence(command.summary), output_format=output_format)
         module = importlib.import_module(f"multimodal_dlm.commands.{command.module}")
         module.add_options(parser, leaf)
         parser.add_argument(
@@ -115,6 +117,10 @@ def build_parser(output_format: str = "human") -> CommandParser:
         parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
         levels[group].add_subcommand(leaf, parser, help=command.summary)
     return root
+
+
+def _sentence(text: str) -> str:
+    return text[0].upper() + text[1:] + "."
 
 
 def _parse(

@@ -15,6 +15,8 @@ _UNKNOWN_CHOICE = re.compile(r"argument \w+: invalid choice: '([^']*)' \(choose 
 _WRONG_VALUE = re.compile(r'Parser key "([^"]+)":\s*(.*)', re.DOTALL)
 _UNKNOWN_KEY = re.compile(r'(?:Key|Option) "?\'?([\w.]+)"?\'? is not (?:accepted|expected)')
 _UNION = re.compile(r"Subtypes: \[(.*?)\].*Given value: (.*)$")
+_FOREIGN_KEY = re.compile(r"Subcommand '([\w ]+)' does not accept option '([\w.]+)'")
+_OPTIONS = " [options]"
 _MISSING = re.compile(r"arguments are required: (.*)")
 
 
@@ -39,8 +41,11 @@ class CommandParser(ArgumentParser):
 
     def format_help(self) -> str:
         """The help without what says nothing to a reader."""
-        text = super().format_help().replace(" [options]", "")
-        return re.sub(r"\n *Available subcommands:\n *\(required\)", "", text)
+        text = re.sub(r"\n *Available subcommands:\n *\(required\)", "", super().format_help())
+        usage, gap, rest = text.partition("\n\n")
+        for _ in range(usage.count(_OPTIONS)):
+            usage = usage.replace(_OPTIONS, "", 1).replace("\n" + " " * len(_OPTIONS), "\n")
+        return usage + gap + rest
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """Print the error and end with status 2."""
@@ -61,6 +66,9 @@ class CommandParser(ArgumentParser):
         if found := _UNKNOWN_KEY.search(message):
             near = nearest_match(found[1], self._keys())
             return f"Unknown entry `{found[1]}`.{near} {remedy}"
+        if found := _FOREIGN_KEY.search(message):
+            near = nearest_match(found[2], self._keys(found[1]))
+            return f"Unknown entry `{found[2]}`.{near} {self._remedy([found[1]])}"
         if found := _WRONG_VALUE.search(message):
             return f"`{found[1]}` has a wrong value. {_one_line(found[2])} {remedy}"
         if found := _MISSING.search(message):
@@ -82,15 +90,18 @@ class CommandParser(ArgumentParser):
                 yield from action.choices or ()
 
     def _command(self) -> str:
-        return self.prog.replace(" [options]", "")
+        return self.prog.replace(_OPTIONS, "")
 
     def _options(self) -> Iterable[str]:
         for action in self._actions:
             yield from action.option_strings
 
-    def _keys(self) -> Iterable[str]:
+    def _keys(self, command: str | None = None) -> Iterable[str]:
         for action in self._actions:
-            yield action.dest
+            if command is None:
+                yield action.dest
+            elif action.dest == "command":
+                yield from action.choices[command]._keys()  # type: ignore[index]
 
 
 def _one_line(message: str) -> str:

@@ -1,0 +1,56 @@
+# `make demo` and `make test` need Python >= 3.11 and nothing else; they make .venv themselves.
+PYTHON ?= $(shell for name in python3.11 python3 python3.12 python3.13 python3.14; do \
+  if $$name -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then \
+    echo $$name; break; fi; done)
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+BASE_STAMP := $(VENV)/.installed-base
+
+.PHONY: help demo test check pytest format clean
+
+help: ## list the targets
+	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
+
+$(BIN)/python:
+	@test -n "$(PYTHON)" || { echo "error: Python 3.11 or newer must be installed; none was found.\
+	 Run: make PYTHON=/path/to/python3.11 ..."; exit 1; }
+	@echo "== making the virtual environment $(VENV)"
+	@$(PYTHON) -m venv $(VENV)
+
+# A stamp older than pyproject.toml installs again; pip then fetches only what is missing.
+$(BASE_STAMP): pyproject.toml | $(BIN)/python
+	@echo "== installing the package: downloads about 3 GB (torch is most of it), 1 to 5 minutes"
+	@$(BIN)/python -m pip install --progress-bar on -e .
+	@touch $@
+
+$(STAMP): pyproject.toml | $(BIN)/python
+	@echo "== installing the package and the development tools: downloads about 3 GB (torch is most"
+	@echo "   of it), 1 to 5 minutes"
+	@$(BIN)/python -m pip install --progress-bar on -e ".[dev,data]"
+	@touch $@ $(BASE_STAMP)
+
+demo: $(BASE_STAMP) ## draw, inpaint, caption and answer with the released model
+	@$(BIN)/python -m multimodal_dlm demo
+
+test: $(STAMP) check pytest ## every check and every test
+
+check: $(STAMP) ## style, types, layers
+	@echo "== ruff"
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+	@echo "== import-linter"
+	@$(BIN)/lint-imports --no-logo
+	@echo "== pyright (about half a minute)"
+	@$(BIN)/pyright
+
+pytest: $(STAMP) ## the tests
+	@echo "== pytest (a few minutes on two cores)"
+	@$(BIN)/python -m pytest
+
+format: $(STAMP) ## let ruff repair what it can
+	@$(BIN)/ruff check --fix .
+	@$(BIN)/ruff format .
+
+clean: ## remove the environment and all outputs
+	rm -rf $(VENV) out runs build *.egg-info .pytest_cache .ruff_cache .import_linter_cache
