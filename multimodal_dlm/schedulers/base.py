@@ -19,6 +19,13 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from multimodal_dlm.errors import ConfigError, unknown_name
+from multimodal_dlm.schedulers.checks import (
+    as_row_generators,
+    check_length_rule,
+    check_shape,
+    check_tensors,
+    expand_allowed,
+)
 from multimodal_dlm.schedulers.settings import TIME_TOLERANCE, ModalitySettings
 
 
@@ -195,7 +202,7 @@ class DiscreteScheduler(SchedulerMixin, ConfigMixin):
         """
         if modality not in self._settings:
             raise unknown_name("modality", modality, self._settings)
-        _check_shape("is_free", is_free, tuple(sample.shape))
+        check_shape("is_free", is_free, tuple(sample.shape))
         settings = self._settings[modality].between(start, stop)
         return SchedulerState(modality=modality, settings=settings, initial_sample=sample.clone())
 
@@ -240,24 +247,22 @@ class DiscreteScheduler(SchedulerMixin, ConfigMixin):
                 position has no allowed column, or generators are missing.
         """
         times = self._times(timestep, state.settings)
-        _check_tensors(model_output, sample, is_free, state, token_quality)
+        check_tensors(model_output, sample, is_free, state.initial_sample, token_quality)
+        check_length_rule(state.modality, state.settings, model_output.shape[-1])
         logits = model_output if model_output.dtype == torch.float64 else model_output.float()
         mask_column = logits.shape[-1]
         is_masked = is_free & (sample == mask_column)
         if times.has_begun and bool(is_masked.any()):
-            allowed = _expand_allowed(allowed, logits, is_masked)
-            uniforms = self._draw_uniforms(generator, is_free, is_masked, state.settings)
             planned = _planned_counts(state, is_free, mask_column, times.masked_share)
-            num_left = torch.minimum(planned, is_masked.sum(dim=1) - 1).clamp(min=0)
             result = self._reverse(
                 StepInput(
                     logits=logits,
                     sample=sample,
                     is_masked=is_masked,
                     is_free=is_free,
-                    allowed=allowed,
-                    uniforms=uniforms,
-                    num_left=num_left,
+                    allowed=expand_allowed(allowed, logits, is_masked),
+                    uniforms=self._draw_uniforms(generator, is_free, is_masked, state.settings),
+                    num_left=torch.minimum(planned, is_masked.sum(dim=1) - 1).clamp(min=0),
                     times=times,
                     settings=state.settings,
                 )
@@ -324,7 +329,7 @@ class DiscreteScheduler(SchedulerMixin, ConfigMixin):
         uniforms = torch.full((*is_free.shape, 2), 0.5, dtype=torch.float64, device=is_free.device)
         if not self._needs_generator(settings):
             return uniforms
-        generators = _as_row_generators(generator, is_free.shape[0])
+        generators = as_row_generators(generator, is_free.shape[0])
         is_unfinished = is_masked.any(dim=1)
         num_free = is_free.sum(dim=1).tolist()
         draws = [
@@ -349,75 +354,3 @@ def _planned_counts(
     """Positions left masked after the step: floor(N0 (1 - alpha)), in float64 with +1e-9."""
     initial = (is_free & (state.initial_sample == mask_column)).sum(dim=1)
     return torch.floor(initial.to(torch.float64) * masked_share + 1e-9).long()
-
-
-def _check_shape(name: str, tensor: Tensor, shape: tuple[int, ...]) -> None:
-    if tuple(tensor.shape) != shape:
-        raise ConfigError(f"`{name}` must have shape {shape}; got {tuple(tensor.shape)}.")
-
-
-def _check_tensors(
-    model_output: Tensor,
-    sample: Tensor,
-    is_free: Tensor,
-    state: SchedulerState,
-    token_quality: Tensor | None,
-) -> None:
-    """Refuse tensors whose shapes contradict each other, and a length rule outside the columns."""
-    shape = tuple(sample.shape)
-    if model_output.ndim != 3 or tuple(model_output.shape[:2]) != shape:
-        raise ConfigError(
-            f"`model_output` must have shape {shape} + (columns,); got"
-            f" {tuple(model_output.shape)}. Pass the logits of this group's positions only."
-        )
-    _check_shape("is_free", is_free, shape)
-    _check_shape("state.initial_sample", state.initial_sample, shape)
-    if token_quality is not None:
-        _check_shape("token_quality", token_quality, shape)
-    columns = model_output.shape[-1]
-    for name in ("eos_column", "fill_column"):
-        column = getattr(state.settings, name)
-        if column is not None and column >= columns:
-            raise ConfigError(
-                f"`{name}` of modality `{state.modality}` must be below the number of columns,"
-                f" {columns}; got {column}. Correct `modalities` or use None."
-            )
-
-
-def _expand_allowed(
-    allowed: Tensor | None,
-    logits: Float[Tensor, "batch seq columns"],
-    is_masked: Bool[Tensor, "batch seq"],
-) -> Bool[Tensor, "batch seq columns"] | None:
-    """Broadcast `allowed` to the logits, and refuse a masked position without any column."""
-    if allowed is None:
-        return None
-    try:
-        expanded = allowed.expand(logits.shape)
-    except RuntimeError as error:
-        raise ConfigError(
-            f"`allowed` must be broadcastable to {tuple(logits.shape)} (batch, positions,"
-            f" columns); got {tuple(allowed.shape)}."
-        ) from error
-    is_stuck = is_masked & ~expanded.any(dim=-1)
-    if bool(is_stuck.any()):
-        row, position = is_stuck.nonzero()[0].tolist()
-        raise ConfigError(
-            "`allowed` must leave at least one column at every masked free position; got none at"
-            f" row {row}, position {position}. Allow a column there or make it not free."
-        )
-    return expanded
-
-
-def _as_row_generators(
-    generator: torch.Generator | Sequence[torch.Generator] | None, batch: int
-) -> Sequence[torch.Generator]:
-    """One generator per row; a bare generator serves a batch of one."""
-    generators = [generator] if isinstance(generator, torch.Generator) else generator
-    if generators is None or len(generators) != batch:
-        got = "none" if generators is None else str(len(generators))
-        raise ConfigError(
-            f"`generator` must hold one `torch.Generator` per row, {batch}; got {got}. Use"
-            f" [torch.Generator().manual_seed(seed + row) for row in range({batch})]."
-        )
-    return generators
