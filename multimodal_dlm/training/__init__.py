@@ -1,0 +1,1 @@
+"""Training: configs, objectives, the loop, checkpoints and what a run leaves behind."""

@@ -1,0 +1,168 @@
+"""Batches as pure functions of the step: training examples -> rows -> canvases, or pixels.
+
+A source of batches answers `batches(step)`: this process's micro-batches of that global batch.
+Nothing is remembered, so background workers and a resume cannot change the order.
+"""
+
+from collections.abc import Iterator
+from typing import Any, Protocol
+
+import torch
+from torch.utils.data import DataLoader, Dataset
+
+from multimodal_dlm.canvas import Canvas
+from multimodal_dlm.datasets.mixture import MixtureReader, TrainingExample
+from multimodal_dlm.processing import TrainingRow, UnifiedProcessor
+from multimodal_dlm.training.code_cache import CodeCache, pixels_from_images
+from multimodal_dlm.training.objectives.base import Batch
+
+
+class BatchSource(Protocol):
+    """What the trainer needs of its data."""
+
+    def batches(self, step: int) -> list[Batch]:
+        """This process's micro-batches of global batch `step`."""
+        ...
+
+    def state(self, next_step: int) -> dict[str, Any]:
+        """JSON record of the position before global batch `next_step`."""
+        ...
+
+    def restore(self, state: dict[str, Any]) -> int:
+        """Check a record and return the next global batch."""
+        ...
+
+
+class _MixtureBatches:
+    """Shared by canvases and pixels: the reader and its one-number state."""
+
+    def __init__(self, reader: MixtureReader, micro_batch_size: int | None) -> None:
+        self.reader = reader
+        self.num_rows = reader.batch_size // reader.world_size
+        self.micro_batch_size = min(micro_batch_size or self.num_rows, self.num_rows)
+
+    def state(self, next_step: int) -> dict[str, Any]:
+        self.reader.next_batch = next_step
+        return dict(self.reader.state_dict())
+
+    def restore(self, state: dict[str, Any]) -> int:
+        self.reader.load_state_dict(state)
+        return self.reader.next_batch
+
+    def _chunks(self, order: list[int]) -> Iterator[list[int]]:
+        for start in range(0, len(order), self.micro_batch_size):
+            yield order[start : start + self.micro_batch_size]
+
+
+class CanvasBatches(_MixtureBatches):
+    """Canvases of a mixture; rows of like length share a micro-batch, so little is padded.
+
+    Args:
+        reader: Global order.
+        cache: Codes of the pictures.
+        processor: Lays out rows.
+        micro_batch_size: Rows of one forward pass; None for all of this process's rows.
+    """
+
+    def __init__(
+        self,
+        reader: MixtureReader,
+        cache: CodeCache,
+        processor: UnifiedProcessor,
+        *,
+        micro_batch_size: int | None = None,
+    ) -> None:
+        super().__init__(reader, micro_batch_size)
+        self.cache = cache
+        self.processor = processor
+
+    def batches(self, step: int) -> list[Batch]:
+        """This process's micro-batches of global batch `step`."""
+        examples = self.reader.batch(step)
+        canvas = self.processor.training_canvas([self._row(example) for example in examples])
+        lengths = (~canvas.is_padding).sum(dim=1)
+        first = self.reader.rank * self.num_rows
+        batches = []
+        for chunk in self._chunks(lengths.argsort(stable=True).tolist()):
+            part = drop_empty_columns(canvas.select_rows(torch.tensor(chunk)))
+            chosen = [examples[index] for index in chunk]
+            batches.append(
+                Batch(
+                    inputs=part,
+                    keys=tuple(f"{example.source}/{example.key}" for example in chosen),
+                    tasks=tuple(example.task for example in chosen),
+                    rows=tuple(first + index for index in chunk),
+                    draws=tuple(example.mask_draw for example in chosen),
+                )
+            )
+        return batches
+
+    def _row(self, example: TrainingExample) -> TrainingRow:
+        codes = self.cache.lookup(example.source, example.index)
+        return TrainingRow(
+            task=example.task,
+            codes=None if example.task == "text" else codes,
+            instruction=example.instruction,
+            text=example.text,
+            window_draws=example.window_draws,
+        )
+
+
+class PixelBatches(_MixtureBatches):
+    """Pictures of a mixture as pixels in [0, 1], for image tokenizers.
+
+    Args:
+        reader: Global order; every source must have pictures.
+        micro_batch_size: Rows of one forward pass; None for all of this process's rows.
+    """
+
+    def __init__(self, reader: MixtureReader, *, micro_batch_size: int | None = None) -> None:
+        super().__init__(reader, micro_batch_size)
+
+    def batches(self, step: int) -> list[Batch]:
+        """This process's micro-batches of global batch `step`."""
+        examples = self.reader.batch(step)
+        first = self.reader.rank * self.num_rows
+        batches = []
+        for chunk in self._chunks(list(range(len(examples)))):
+            chosen = [examples[index] for index in chunk]
+            images = [self.reader.readers[e.source][e.index].image for e in chosen]
+            batches.append(
+                Batch(
+                    inputs=pixels_from_images([image for image in images if image is not None]),
+                    keys=tuple(f"{example.source}/{example.key}" for example in chosen),
+                    rows=tuple(first + index for index in chunk),
+                )
+            )
+        return batches
+
+
+def drop_empty_columns(canvas: Canvas) -> Canvas:
+    """Leave out the columns that are padding in every row."""
+    kept = ~canvas.is_padding.all(dim=0)
+    if bool(kept.all()):
+        return canvas
+    names = ("input_ids", "window_ids", "modality_ids", "position_ids", "order", "document_ids")
+    tensors = {name: getattr(canvas, name)[:, kept] for name in (*names, "is_free", "is_padding")}
+    return Canvas(**tensors)
+
+
+class _Steps(Dataset[list[Batch]]):
+    def __init__(self, source: BatchSource, first: int, stop: int) -> None:
+        self.source, self.first, self.stop = source, first, stop
+
+    def __len__(self) -> int:
+        return self.stop - self.first
+
+    def __getitem__(self, index: int) -> list[Batch]:
+        return self.source.batches(self.first + index)
+
+
+def iterate_steps(
+    source: BatchSource, first: int, stop: int, *, num_workers: int = 0
+) -> Iterator[tuple[int, list[Batch]]]:
+    """(step, micro-batches) for steps first..stop - 1, in order, from background workers if any."""
+    loader = DataLoader(
+        _Steps(source, first, stop), batch_size=None, shuffle=False, num_workers=num_workers
+    )
+    yield from enumerate(loader, start=first)

@@ -1,0 +1,234 @@
+"""Config -> the parts of a run. A new trainable component is one builder here.
+
+The loop receives a model, an objective, batches and an export function, and knows no more.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from multimodal_dlm.datasets.manifest import Manifest, Source, open_manifest
+from multimodal_dlm.datasets.mixture import MixtureReader
+from multimodal_dlm.datasets.reading import ShardReader
+from multimodal_dlm.errors import CheckpointError, ConfigError
+from multimodal_dlm.layout import make_layout
+from multimodal_dlm.models.presets import get_preset
+from multimodal_dlm.models.transformer import UnifiedTransformerModel
+from multimodal_dlm.pipelines.text_to_image import UnifiedTextToImagePipeline
+from multimodal_dlm.processing import UnifiedProcessor
+from multimodal_dlm.schedulers import ConfidenceScheduler
+from multimodal_dlm.tokenizers.image import ImageTokenizer
+from multimodal_dlm.tokenizers.text import load_text_tokenizer, text_fingerprint
+from multimodal_dlm.training.batches import BatchSource, CanvasBatches, PixelBatches
+from multimodal_dlm.training.code_cache import CodeCache, Levels, open_code_cache
+from multimodal_dlm.training.config import TrainConfig
+from multimodal_dlm.training.objectives import build_objective
+from multimodal_dlm.training.objectives.base import Objective
+from multimodal_dlm.vocabulary import UnifiedVocabulary
+
+
+@dataclass(frozen=True)
+class Job:
+    """What the loop needs.
+
+    Args:
+        model: Trained component, float32, on the CPU.
+        objective: What is minimised.
+        source: Batches by step.
+        manifest: Data of the run.
+        export: (model with the weights to save, folder) -> None.
+        components: Everything a callback may need, by name.
+    """
+
+    model: nn.Module
+    objective: Objective
+    source: BatchSource
+    manifest: Manifest
+    export: Callable[[nn.Module, Path], None]
+    components: Mapping[str, Any] = field(default_factory=dict)
+
+
+class BlankCodes(CodeCache):
+    """Codes 0 for every picture: shapes without encoding, for descriptions of a run.
+
+    Args:
+        sources: Sources with the split.
+        split: Split.
+        image_tokenizer: Gives grid and levels.
+    """
+
+    def __init__(self, sources: list[Source], split: str, image_tokenizer: ImageTokenizer) -> None:
+        super().__init__({})
+        grid = np.zeros(image_tokenizer.grid_size, dtype=np.uint16)
+        levels = (grid,) * len(image_tokenizer.codebook_sizes)
+        self._blank: dict[str, Levels | None] = {}
+        for source in sources:
+            has_pictures = ShardReader(source.splits[split])[0].image is not None
+            self._blank[source.name] = levels if has_pictures else None
+
+    def lookup(self, source: str, index: int) -> Levels | None:
+        """Zeros, or None when the source has no pictures."""
+        del index
+        return self._blank[source]
+
+
+def build_job(
+    config: TrainConfig,
+    *,
+    rank: int = 0,
+    world_size: int = 1,
+    device: torch.device | None = None,
+    is_dry_run: bool = False,
+) -> Job:
+    """Build the parts of a run.
+
+    Args:
+        config: The run.
+        rank: This process.
+        world_size: All processes.
+        device: Where pictures are encoded; None for the CPU.
+        is_dry_run: Do not encode pictures.
+    """
+    manifest = open_manifest(config.data.manifest, config.data.data_root)
+    reader = MixtureReader(
+        manifest,
+        split=config.data.split,
+        seed=config.seed,
+        batch_size=config.data.batch_size,
+        rank=rank,
+        world_size=world_size,
+    )
+    objective = build_objective(config.objective.name, **config.objective.options)
+    if config.model.component == "image_tokenizer":
+        return _image_tokenizer_job(config, manifest, reader, objective)
+    return _transformer_job(config, manifest, reader, objective, device, is_dry_run)
+
+
+def build_vocabulary(tokenizer: Any, image_tokenizer: ImageTokenizer) -> UnifiedVocabulary:
+    """The unified vocabulary of a text and an image tokenizer."""
+    levels = [(f"image.{i}", size) for i, size in enumerate(image_tokenizer.codebook_sizes)]
+    return UnifiedVocabulary.build(
+        {"text": [("text", len(tokenizer))], "image": levels},
+        {"eos": ("text", 0), "fill": ("text", 1)},
+        {"text": text_fingerprint(tokenizer), "image": image_tokenizer.fingerprint},
+    )
+
+
+def _transformer_job(
+    config: TrainConfig,
+    manifest: Manifest,
+    reader: MixtureReader,
+    objective: Objective,
+    device: torch.device | None,
+    is_dry_run: bool,
+) -> Job:
+    tokenizer = load_text_tokenizer(_folder("tokenizers.text", config.tokenizers.text))
+    folder = _folder("tokenizers.image", config.tokenizers.image)
+    image_tokenizer = ImageTokenizer.from_pretrained(folder).eval().requires_grad_(False)
+    vocabulary = build_vocabulary(tokenizer, image_tokenizer)
+    height, width = image_tokenizer.grid_size
+    levels = len(image_tokenizer.codebook_sizes)
+    layout = make_layout(
+        max_text=config.model.max_text,
+        num_image_tokens=height * width * levels,
+        unconditional_text=config.model.unconditional_text,
+        condition_attention=config.model.condition_attention,
+    )
+    model = _build_transformer(config, vocabulary, layout)
+    processor = UnifiedProcessor(
+        vocabulary=vocabulary,
+        layout=model.layout or layout,
+        tokenizer=tokenizer,
+        image_grids=((height, width),) * levels,
+    )
+    if is_dry_run:
+        cache: CodeCache = BlankCodes(reader.sources, reader.split, image_tokenizer)
+    else:
+        image_tokenizer.to(device or torch.device("cpu"))
+        cache = open_code_cache(
+            reader.sources, reader.split, image_tokenizer, config.data.cache_dir
+        )
+    components = {
+        "tokenizer": tokenizer,
+        "image_tokenizer": image_tokenizer,
+        "processor": processor,
+        "scheduler": ConfidenceScheduler(),
+    }
+
+    def export(trained: nn.Module, path: Path) -> None:
+        transformer = UnifiedTransformerModel.from_config(trained.config)
+        transformer.load_state_dict(trained.state_dict())
+        UnifiedTextToImagePipeline(
+            transformer=transformer.to(getattr(torch, config.export.dtype)).eval(),
+            scheduler=components["scheduler"],
+            tokenizer=tokenizer,
+            image_tokenizer=image_tokenizer,
+        ).save_pretrained(path)
+
+    return Job(
+        model,
+        objective,
+        CanvasBatches(reader, cache, processor, micro_batch_size=config.data.micro_batch_size),
+        manifest,
+        export,
+        components,
+    )
+
+
+def _build_transformer(
+    config: TrainConfig, vocabulary: UnifiedVocabulary, layout: Mapping[str, Any]
+) -> UnifiedTransformerModel:
+    """New weights from the run's seed, or those of a saved backbone over the same vocabulary."""
+    if config.model.init_from is not None:
+        folder = _folder("model.init_from", config.model.init_from)
+        inner = folder / "transformer"
+        model = UnifiedTransformerModel.from_pretrained(inner if inner.is_dir() else folder)
+        if model.vocabulary.fingerprint != vocabulary.fingerprint:
+            raise CheckpointError(
+                f"`model.init_from` must have been trained with the run's tokenizers; `{folder}`"
+                " has another vocabulary. Set `tokenizers` to those saved with it."
+            )
+        return model.float()
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(config.seed)
+        options = {**get_preset(config.model.preset), **config.model.options}
+        try:
+            return UnifiedTransformerModel(
+                vocabulary=vocabulary.to_dict(), layout=dict(layout), **options
+            )
+        except TypeError as error:
+            raise ConfigError(f"`model.options`: {error}.") from error
+
+
+def _image_tokenizer_job(
+    config: TrainConfig, manifest: Manifest, reader: MixtureReader, objective: Objective
+) -> Job:
+    if config.model.init_from is not None:
+        model = ImageTokenizer.from_pretrained(_folder("model.init_from", config.model.init_from))
+    else:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(config.seed)
+            try:
+                model = ImageTokenizer(**config.model.options)
+            except TypeError as error:
+                raise ConfigError(f"`model.options`: {error}.") from error
+
+    def export(trained: nn.Module, path: Path) -> None:
+        tokenizer = ImageTokenizer.from_config(trained.config)
+        tokenizer.load_state_dict(trained.state_dict())
+        tokenizer.mark_released()
+        tokenizer.save_pretrained(path)
+
+    source = PixelBatches(reader, micro_batch_size=config.data.micro_batch_size)
+    return Job(model, objective, source, manifest, export, {})
+
+
+def _folder(name: str, path: str) -> Path:
+    if not Path(path).is_dir():
+        raise ConfigError(f"`{name}` must be a folder; there is no `{path}`. Give its path.")
+    return Path(path)

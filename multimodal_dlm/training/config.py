@@ -1,0 +1,280 @@
+"""What a training run is made of, as frozen dataclasses; importable without torch.
+
+Every field can be set in YAML and overridden on the command line (`--optimizer.lr 1e-3`). Field
+docstrings are the command line's help.
+"""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from multimodal_dlm.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """The component that is trained.
+
+    Args:
+        component: `transformer` (the backbone) or `image_tokenizer`.
+        preset: Named size of the backbone, see `multimodal_dlm.models.presets`.
+        options: Constructor arguments that override the preset, or the whole image tokenizer.
+        init_from: Folder of a saved component (or pipeline) to start from; None for new weights.
+        max_text: Longest text window in tokens, `<eos>` included.
+        unconditional_text: Masks that stand for "no caption".
+        condition_attention: `prefix` (the condition never sees what is generated) or `full`.
+    """
+
+    component: Literal["transformer", "image_tokenizer"] = "transformer"
+    preset: str = "small"
+    options: dict[str, Any] = field(default_factory=dict)
+    init_from: str | None = None
+    max_text: int = 32
+    unconditional_text: int = 8
+    condition_attention: Literal["prefix", "full"] = "prefix"
+
+
+@dataclass(frozen=True)
+class TokenizersConfig:
+    """Tokenizer folders.
+
+    Args:
+        text: Folder of the text tokenizer.
+        image: Folder of the image tokenizer.
+    """
+
+    text: str = "tokenizers/text"
+    image: str = "tokenizers/image"
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """What is read, and in what portions.
+
+    Args:
+        manifest: Mixture manifest (YAML).
+        data_root: Folder that holds the datasets' folders; None for the manifest's own.
+        split: Split to train on.
+        batch_size: Rows of the global batch, over all processes.
+        micro_batch_size: Rows of one forward pass; rows of like length share one. None for all.
+        cache_dir: Folder of encoded pictures, computed once for each tokenizer and shard.
+        num_workers: Background processes that prepare batches; the order does not depend on it.
+    """
+
+    manifest: str = "datasets/sample.yaml"
+    data_root: str | None = None
+    split: str = "train"
+    batch_size: int = 64
+    micro_batch_size: int | None = None
+    cache_dir: str = "runs/cache"
+    num_workers: int = 0
+
+
+@dataclass(frozen=True)
+class ObjectiveConfig:
+    """What is minimised.
+
+    Args:
+        name: `masked_diffusion`, `autoregressive` or `reconstruction`.
+        options: Arguments of the objective, such as `loss_weights` and `hole_share`.
+    """
+
+    name: str = "masked_diffusion"
+    options: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class OptimizerConfig:
+    """AdamW (Loshchilov & Hutter 2019, arXiv 1711.05101).
+
+    Args:
+        lr: Peak learning rate.
+        betas: Decay of the two moments.
+        eps: Added to the denominator.
+        weight_decay: On matrices only: no norm, bias or modulation table is decayed.
+        max_grad_norm: Gradients are scaled down to this global norm.
+    """
+
+    lr: float = 1e-3
+    betas: tuple[float, float] = (0.9, 0.98)
+    eps: float = 1e-8
+    weight_decay: float = 0.03
+    max_grad_norm: float = 1.0
+
+
+@dataclass(frozen=True)
+class LRScheduleConfig:
+    """Linear warm-up, then a half cosine down to a share of the peak.
+
+    Args:
+        num_warmup_steps: Steps of the warm-up.
+        final_share: Learning rate of the last step over the peak.
+    """
+
+    num_warmup_steps: int = 500
+    final_share: float = 0.02
+
+
+@dataclass(frozen=True)
+class CheckpointConfig:
+    """When the run is saved.
+
+    Args:
+        every_steps: Steps between checkpoints; the last step is always saved.
+        keep_last: Checkpoints kept.
+    """
+
+    every_steps: int = 500
+    keep_last: int = 2
+
+
+@dataclass(frozen=True)
+class ExportConfig:
+    """What a finished run leaves for users.
+
+    Args:
+        folder: Where the component or pipeline is saved; None for `<output_dir>/pipeline`.
+        dtype: Of the saved backbone.
+        use_ema: Save the averaged weights.
+    """
+
+    folder: str | None = None
+    dtype: Literal["bfloat16", "float32"] = "bfloat16"
+    use_ema: bool = True
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """A training run. To resume it, run the same command again.
+
+    Args:
+        output_dir: Folder of the run: config, environment, log, metrics, checkpoints, export.
+        num_train_steps: Optimizer steps.
+        seed: Of initial weights, data order and every draw.
+        model: The component that is trained.
+        tokenizers: Tokenizer folders.
+        data: What is read.
+        objective: What is minimised.
+        optimizer: AdamW.
+        lr_schedule: Warm-up and cosine.
+        checkpoint: When the run is saved.
+        export: What a finished run leaves.
+        ema_decay: Decay of the averaged weights, warmed up; 0 for none.
+        mixed_precision: `bf16` autocast or `no`.
+        log_every_steps: Steps between lines of the log.
+        sample_every_steps: Steps between calls of the callbacks (sample sheets); 0 for never.
+        gradient_checkpointing: Recompute activations in backward to save memory.
+        compile_blocks: Compile the repeated blocks.
+    """
+
+    output_dir: str
+    num_train_steps: int
+    seed: int = 0
+    model: ModelConfig = field(default_factory=ModelConfig)
+    tokenizers: TokenizersConfig = field(default_factory=TokenizersConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    lr_schedule: LRScheduleConfig = field(default_factory=LRScheduleConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    export: ExportConfig = field(default_factory=ExportConfig)
+    ema_decay: float = 0.999
+    mixed_precision: Literal["bf16", "no"] = "bf16"
+    log_every_steps: int = 20
+    sample_every_steps: int = 0
+    gradient_checkpointing: bool = False
+    compile_blocks: bool = False
+
+    def __post_init__(self) -> None:
+        _at_least("num_train_steps", self.num_train_steps, 1)
+        _at_least("data.batch_size", self.data.batch_size, 1)
+        _at_least("log_every_steps", self.log_every_steps, 1)
+        _at_least("sample_every_steps", self.sample_every_steps, 0)
+        _at_least("checkpoint.every_steps", self.checkpoint.every_steps, 1)
+        _at_least("checkpoint.keep_last", self.checkpoint.keep_last, 1)
+        _at_least("seed", self.seed, 0)
+        if self.data.micro_batch_size is not None:
+            _at_least("data.micro_batch_size", self.data.micro_batch_size, 1)
+        if not 0.0 <= self.ema_decay < 1.0:
+            raise ConfigError(f"`ema_decay` must lie in [0, 1); got {self.ema_decay}. Use 0.999.")
+        if self.optimizer.lr <= 0:
+            raise ConfigError(f"`optimizer.lr` must be positive; got {self.optimizer.lr}.")
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON and YAML values."""
+        return _plain(dataclasses.asdict(self))
+
+
+# Fields that may change between a checkpoint and the run that continues it.
+RESUMABLE_CHANGES = (
+    "checkpoint.every_steps",
+    "checkpoint.keep_last",
+    "compile_blocks",
+    "data.cache_dir",
+    "data.data_root",
+    "data.micro_batch_size",
+    "data.num_workers",
+    "export.dtype",
+    "export.folder",
+    "export.use_ema",
+    "gradient_checkpointing",
+    "log_every_steps",
+    "output_dir",
+    "sample_every_steps",
+)
+
+
+def config_changes(
+    old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = ""
+) -> dict[str, tuple[Any, Any]]:
+    """Dotted names whose values differ, with both values, resumable fields left out."""
+    changes: dict[str, tuple[Any, Any]] = {}
+    for name in sorted(set(old) | set(new)):
+        path = f"{prefix}{name}"
+        left, right = old.get(name), new.get(name)
+        if isinstance(left, Mapping) and isinstance(right, Mapping):
+            changes |= config_changes(left, right, f"{path}.")
+        elif left != right and path not in RESUMABLE_CHANGES:
+            changes[path] = (left, right)
+    return changes
+
+
+def load_train_config(path: str | Path, overrides: Sequence[str] = ()) -> TrainConfig:
+    """Read a YAML file through jsonargparse, with command line overrides.
+
+    Args:
+        path: Config file.
+        overrides: Arguments such as `["--optimizer.lr", "1e-3"]`.
+
+    Raises:
+        ConfigError: When the file is missing or a field is unknown or of the wrong type.
+    """
+    from jsonargparse import ArgumentError, ArgumentParser
+
+    if not Path(path).is_file():
+        raise ConfigError(f"There is no config `{path}`. Give the path of a YAML file.")
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_argument("--config", action="config")
+    parser.add_class_arguments(TrainConfig, None)
+    try:
+        values = parser.instantiate_classes(parser.parse_args(["--config", str(path), *overrides]))
+    except ArgumentError as error:
+        raise ConfigError(f"{path}: {error}") from error
+    names = {part.name for part in dataclasses.fields(TrainConfig)}
+    return TrainConfig(**{name: value for name, value in values.items() if name in names})
+
+
+def _at_least(name: str, value: int, minimum: int) -> None:
+    if value < minimum:
+        raise ConfigError(f"`{name}` must be at least {minimum}; got {value}.")
+
+
+def _plain(value: Any) -> Any:
+    """Tuples become lists, as JSON and YAML would have them."""
+    if isinstance(value, Mapping):
+        return {key: _plain(part) for key, part in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(part) for part in value]
+    return value

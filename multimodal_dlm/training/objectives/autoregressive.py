@@ -1,0 +1,78 @@
+"""Left to right in the same weights and rows: the fair autoregressive baseline.
+
+Tokens are ordered by (attention order, column), so that a condition comes before what it conditions
+wherever it stands; token i is predicted from the state of the previous token of the row, and the
+loss is the exact negative log-likelihood in that order.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from multimodal_dlm.canvas import Canvas
+from multimodal_dlm.errors import ConfigError
+from multimodal_dlm.models.attention_plan import AttentionPlan
+from multimodal_dlm.training.objectives.base import Generators, ObjectiveOutput, target_nll
+from multimodal_dlm.training.objectives.canvas_objective import CanvasObjective, nelbo_terms
+
+
+class Autoregressive(CanvasObjective):
+    """Next-token likelihood; needs a model with `logits_shift=1`."""
+
+    def __call__(
+        self,
+        model: Any,
+        inputs: Canvas,
+        *,
+        generator: Generators | None = None,
+        teacher: Any = None,
+        uniforms: Mapping[int, Float[Tensor, " batch"]] | None = None,
+        denominators: Mapping[int, int] | None = None,
+        tasks: Sequence[str] = (),
+        draws: Sequence[float] = (),
+    ) -> ObjectiveOutput:
+        """One causal forward on the clean canvas; nothing is drawn.
+
+        Args:
+            model: Backbone with `logits_shift=1`.
+            inputs: Clean canvas; `is_free` is what is predicted.
+            generator: Unused.
+            teacher: Unused.
+            uniforms: Unused.
+            denominators: Free positions of each modality index in the global batch.
+            tasks: Task of each row, for the report.
+            draws: Unused.
+
+        Raises:
+            ConfigError: When the model does not shift its logits; it would see its targets.
+        """
+        del generator, teacher, uniforms, draws
+        shift = model.config["logits_shift"]
+        if shift != 1:
+            raise ConfigError(
+                f"Objective `autoregressive` needs a model with `logits_shift` 1; got {shift}. Set"
+                " `model.options.logits_shift: 1`."
+            )
+        output = model(
+            inputs.input_ids,
+            noise_levels=torch.zeros(inputs.input_ids.shape, device=inputs.device),
+            modality_ids=inputs.modality_ids,
+            position_ids=inputs.position_ids,
+            attention_plan=AttentionPlan.from_canvas(inputs.replace(order=causal_order(inputs))),
+        )
+        nll = target_nll(model, output.hidden_states, inputs, inputs.is_free)
+        loss = self.weighted_loss(nll, inputs, model.vocabulary, denominators)
+        if output.auxiliary_loss is not None:
+            loss = loss + output.auxiliary_loss
+        is_bound = torch.ones(inputs.batch_size, dtype=torch.bool, device=inputs.device)
+        terms = nelbo_terms(nll, inputs, model.vocabulary, is_bound=is_bound, tasks=tasks)
+        return ObjectiveOutput(loss, terms, int(inputs.is_free.sum()), is_bound)
+
+
+def causal_order(canvas: Canvas) -> Int[Tensor, "batch length"]:
+    """Rank of each token by (attention order, column): a strict order within the row."""
+    columns = torch.arange(canvas.length, device=canvas.device)
+    return (canvas.order * canvas.length + columns).argsort(dim=1).argsort(dim=1)

@@ -1,0 +1,165 @@
+"""What an objective is: it owns corruption, the number of forwards and the weights.
+
+An objective gets the model (a callable with `vocabulary` and `compute_logits`) and a batch of
+inputs, and returns the loss to differentiate and the terms to report.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from multimodal_dlm.canvas import Canvas
+from multimodal_dlm.diffusion.losses import token_nll
+
+Generators = torch.Generator | Sequence[torch.Generator]
+
+
+@dataclass(frozen=True)
+class Term:
+    """A reported mean as its two sums, so that micro-batches and processes can be added.
+
+    Args:
+        total: Sum of the values.
+        count: What it is divided by.
+    """
+
+    total: Tensor
+    count: Tensor
+
+    @property
+    def value(self) -> float:
+        """Total / count; nan when nothing was counted."""
+        return float(self.total / self.count) if float(self.count) else float("nan")
+
+
+@dataclass(frozen=True)
+class ObjectiveOutput:
+    """What an objective returns.
+
+    Args:
+        loss: Scalar to differentiate.
+        terms: Values to report, by name.
+        num_targets: Positions that carried loss.
+        is_bound: True for rows whose NELBO is a bound on a likelihood; one flag for all rows when
+            it does not depend on the row.
+    """
+
+    loss: Tensor
+    terms: Mapping[str, Term]
+    num_targets: int
+    is_bound: Bool[Tensor, " batch"] | bool = True
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One micro-batch.
+
+    Args:
+        inputs: What the objective takes: a clean canvas, or pixels.
+        keys: Source and key of each row, for messages.
+        tasks: Task of each row; empty when rows have none.
+        rows: Index of each row in the global batch.
+        draws: One uniform number a row for choices of the objective.
+    """
+
+    inputs: Any
+    keys: tuple[str, ...]
+    tasks: tuple[str, ...] = ()
+    rows: tuple[int, ...] = ()
+    draws: tuple[float, ...] = ()
+
+    def to(self, device: torch.device) -> "Batch":
+        """A copy whose inputs are on another device."""
+        return Batch(self.inputs.to(device), self.keys, self.tasks, self.rows, self.draws)
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens that are not padding (rows, when the inputs are not a canvas)."""
+        if isinstance(self.inputs, Canvas):
+            return int((~self.inputs.is_padding).sum())
+        return len(self.inputs)
+
+
+@dataclass(frozen=True)
+class StepPlan:
+    """What the objective was told about a step before its first forward.
+
+    Args:
+        contexts: Extra keyword arguments of each micro-batch.
+        loss_scale: Multiplied into each micro-batch's loss, so that the gradient averaged over
+            processes is that of the global batch.
+    """
+
+    contexts: list[dict[str, Any]] = field(default_factory=list)
+    loss_scale: float = 1.0
+
+
+class Objective(ABC):
+    """Base of objectives; the loss is a mean over the rows of a micro-batch unless overridden."""
+
+    def prepare(
+        self,
+        batches: Sequence[Batch],
+        *,
+        seed: int,
+        step: int,
+        gather: Callable[[list[Any]], list[Any]],
+        num_processes: int,
+    ) -> StepPlan:
+        """Look at the micro-batches of a step, on every process.
+
+        Args:
+            batches: This process's micro-batches.
+            seed: Of the run.
+            step: Number of the global batch.
+            gather: Joins small lists over all processes.
+            num_processes: Processes that average their gradients.
+        """
+        del seed, step, gather, num_processes
+        return StepPlan([{} for _ in batches], 1.0 / max(1, len(batches)))
+
+    @abstractmethod
+    def __call__(
+        self, model: Any, inputs: Any, *, generator: Generators, **context: Any
+    ) -> ObjectiveOutput:
+        """Loss and terms of one micro-batch."""
+
+
+def target_nll(
+    model: Any,
+    hidden_states: Float[Tensor, "batch length width"],
+    canvas: Canvas,
+    is_target: Bool[Tensor, "batch length"],
+) -> Float[Tensor, "batch length"]:
+    """-log p(clean token) at the targets, 0 elsewhere; logits exist at targets only.
+
+    Args:
+        model: Gives `vocabulary` and `compute_logits`.
+        hidden_states: Of the corrupted canvas.
+        canvas: The clean canvas.
+        is_target: Positions that carry loss.
+    """
+    vocabulary = model.vocabulary
+    kind = torch.float64 if hidden_states.dtype == torch.float64 else torch.float32
+    dense = torch.zeros(is_target.shape, dtype=kind, device=hidden_states.device)
+    for index, modality in enumerate(vocabulary.modalities):
+        chosen = is_target & (canvas.modality_ids == index)
+        if not bool(chosen.any()):
+            continue
+
+        def head(states: Tensor, name: str = modality) -> Tensor:
+            return model.compute_logits(states, name)
+
+        nll = token_nll(
+            hidden_states[chosen],
+            head,
+            vocabulary.to_columns(canvas.input_ids[chosen], modality),
+            num_columns=vocabulary.num_columns(modality),
+        )
+        dense = dense.masked_scatter(chosen, nll)
+    return dense

@@ -1,0 +1,201 @@
+"""What objectives over canvases share: one normalisation and one way to report.
+
+loss_m = sum over rows of NELBO_row / sum of window lengths, both over the global accumulated batch;
+the total is the weighted sum over modalities m.
+"""
+
+import zlib
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from multimodal_dlm.canvas import Canvas
+from multimodal_dlm.diffusion.timesteps import stratified_uniforms
+from multimodal_dlm.errors import ConfigError, unknown_name
+from multimodal_dlm.training.objectives.base import Batch, Objective, StepPlan, Term
+from multimodal_dlm.training.randomness import step_generator
+from multimodal_dlm.vocabulary import UnifiedVocabulary
+
+
+class CanvasObjective(Objective):
+    """An objective over canvases, weighted by modality.
+
+    Args:
+        loss_weights: Weight of each modality by name; 1 where none is given.
+    """
+
+    def __init__(self, *, loss_weights: Mapping[str, float] | None = None) -> None:
+        self.loss_weights = dict(loss_weights or {})
+        for name, weight in self.loss_weights.items():
+            if weight < 0:
+                raise ConfigError(f"`loss_weights.{name}` must not be negative; got {weight}.")
+
+    def prepare(
+        self,
+        batches: Sequence[Batch],
+        *,
+        seed: int,
+        step: int,
+        gather: Callable[[list[Any]], list[Any]],
+        num_processes: int,
+    ) -> StepPlan:
+        """Denominators of the global batch, and its draws stratified by task and window."""
+        records = gather([_describe(batch) for batch in batches])
+        denominators: dict[int, int] = {}
+        for record in records:
+            for modality, count in record["free"].items():
+                denominators[modality] = denominators.get(modality, 0) + count
+        windows = sorted({window for record in records for window in record["windows"]})
+        groups: dict[str, list[int]] = {}
+        for record in records:
+            for row, task in zip(record["rows"], record["tasks"], strict=True):
+                groups.setdefault(task, []).append(row)
+        drawn = {window: _stratified(groups, seed, step, window) for window in windows}
+        contexts = []
+        for batch in batches:
+            uniforms = {
+                window: torch.tensor([draws[row] for row in batch.rows], dtype=torch.float64)
+                for window, draws in drawn.items()
+            }
+            contexts.append(
+                {
+                    "uniforms": uniforms,
+                    "denominators": denominators,
+                    "tasks": batch.tasks,
+                    "draws": batch.draws,
+                }
+            )
+        return StepPlan(contexts, float(num_processes))
+
+    def weighted_loss(
+        self,
+        nelbo: Float[Tensor, "batch length"],
+        canvas: Canvas,
+        vocabulary: UnifiedVocabulary,
+        denominators: Mapping[int, int] | None,
+    ) -> Tensor:
+        """Sum over modalities of weight x sum of NELBO / denominator.
+
+        Args:
+            nelbo: Weighted negative log-likelihood of each position, 0 where it has none.
+            canvas: Clean canvas.
+            vocabulary: Names the modalities.
+            denominators: Free positions of each modality in the global batch; None for those of
+                this canvas.
+        """
+        for name in self.loss_weights:
+            if name not in vocabulary.modalities:
+                raise unknown_name("modality in `loss_weights`", name, vocabulary.modalities)
+        if denominators is None:
+            denominators = free_counts(canvas)
+        total = nelbo.new_zeros(())
+        for index, name in enumerate(vocabulary.modalities):
+            if denominators.get(index):
+                part = (nelbo * (canvas.modality_ids == index)).sum()
+                total = total + self.loss_weights.get(name, 1.0) * part / denominators[index]
+        return total
+
+
+def free_counts(canvas: Canvas) -> dict[int, int]:
+    """Free positions of each modality."""
+    modalities = canvas.modality_ids[canvas.is_free]
+    counts = torch.bincount(modalities) if modalities.numel() else modalities
+    return {index: int(count) for index, count in enumerate(counts.tolist()) if count}
+
+
+def num_free_windows(canvas: Canvas) -> Tensor:
+    """Windows with free positions in each row, (batch,)."""
+    count = torch.zeros(canvas.batch_size, dtype=torch.long, device=canvas.device)
+    for window in canvas.free_windows():
+        count += canvas.is_free[:, canvas.window_slice(window)].any(dim=1)
+    return count
+
+
+@torch.no_grad()
+def nelbo_terms(
+    nelbo: Float[Tensor, "batch length"],
+    canvas: Canvas,
+    vocabulary: UnifiedVocabulary,
+    *,
+    is_bound: Bool[Tensor, " batch"],
+    tasks: Sequence[str] = (),
+) -> dict[str, Term]:
+    """Nats per token: `nelbo/<modality>` over rows that bound, then by task, then content.
+
+    Rows without a bound are reported as `loss/<modality>/<task>`. `content/<modality>` leaves out
+    the targets that are `<fill>`, in the modality that has it.
+    """
+    terms: dict[str, Term] = {}
+    values = nelbo.detach()
+    is_fill = torch.zeros_like(canvas.is_free)
+    if "fill" in vocabulary.special_ids:
+        is_fill = canvas.input_ids == vocabulary.special_id("fill")
+    labels = torch.tensor(
+        [sorted(set(tasks)).index(task) for task in tasks] or [0] * canvas.batch_size,
+        device=canvas.device,
+    )
+    for index, name in enumerate(vocabulary.modalities):
+        free = canvas.is_free & (canvas.modality_ids == index)
+        bound = free & is_bound[:, None]
+        if bool(bound.any()):
+            terms[f"nelbo/{name}"] = _mean(values, bound)
+            if bool((is_fill & bound).any()):
+                terms[f"content/{name}"] = _mean(values, bound & ~is_fill)
+        for number, task in enumerate(sorted(set(tasks))):
+            for kind, rows in (("nelbo", is_bound), ("loss", ~is_bound)):
+                part = free & (rows & (labels == number))[:, None]
+                if bool(part.any()):
+                    terms[f"{kind}/{name}/{task}"] = _mean(values, part)
+    return terms
+
+
+@torch.no_grad()
+def noise_terms(
+    nll: Float[Tensor, "batch length"],
+    levels: Float[Tensor, "batch length"],
+    is_target: Bool[Tensor, "batch length"],
+    canvas: Canvas,
+    vocabulary: UnifiedVocabulary,
+    num_bins: int,
+) -> dict[str, Term]:
+    """Mean cross-entropy of the targets by noise level: `noise/<modality>/<low>-<high>`."""
+    terms: dict[str, Term] = {}
+    bins = (levels * num_bins).ceil().long().clamp(1, num_bins) - 1
+    for index, name in enumerate(vocabulary.modalities):
+        chosen = is_target & (canvas.modality_ids == index)
+        for number in range(num_bins):
+            part = chosen & (bins == number)
+            if bool(part.any()):
+                low, high = number / num_bins, (number + 1) / num_bins
+                terms[f"noise/{name}/{low:g}-{high:g}"] = _mean(nll.detach(), part)
+    return terms
+
+
+def _mean(values: Tensor, chosen: Tensor) -> Term:
+    return Term((values * chosen).sum(), chosen.sum())
+
+
+def _describe(batch: Batch) -> dict[str, Any]:
+    """What other processes need to know of a micro-batch."""
+    canvas: Canvas = batch.inputs
+    return {
+        "rows": batch.rows,
+        "tasks": batch.tasks,
+        "windows": canvas.free_windows(),
+        "free": free_counts(canvas),
+    }
+
+
+def _stratified(
+    groups: Mapping[str, Sequence[int]], seed: int, step: int, window: int
+) -> dict[int, float]:
+    """Row of the global batch -> uniform number, stratified within each task."""
+    draws: dict[int, float] = {}
+    for task, rows in groups.items():
+        generator = step_generator(seed, step, window, zlib.crc32(task.encode()))
+        values = stratified_uniforms(len(rows), generator=generator)
+        draws.update(zip(sorted(rows), values.tolist(), strict=True))
+    return draws

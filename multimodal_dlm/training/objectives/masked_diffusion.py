@@ -1,0 +1,205 @@
+"""Masked (absorbing) diffusion by exact counts.
+
+In every free window of L positions, k = ceil(u L) of them are masked, u uniform, every subset
+equally likely; NELBO_row = (L / k) x the sum of cross-entropies at the k positions, an unbiased
+estimate of the any-order bound (Uria et al. 2014, arXiv 1310.1757; Ou et al. 2024, arXiv
+2406.03736, Eq. 14), with less variance than Bernoulli masks weighted by 1 / t.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from multimodal_dlm.canvas import Canvas, noise_levels
+from multimodal_dlm.diffusion.masking import exact_count_mask, rectangle_mask
+from multimodal_dlm.diffusion.timesteps import counts_from_uniforms, stratified_uniforms
+from multimodal_dlm.errors import ConfigError
+from multimodal_dlm.models.attention_plan import AttentionPlan
+from multimodal_dlm.training.objectives.base import Generators, ObjectiveOutput, target_nll
+from multimodal_dlm.training.objectives.canvas_objective import (
+    CanvasObjective,
+    nelbo_terms,
+    noise_terms,
+    num_free_windows,
+)
+from multimodal_dlm.vocabulary import UnifiedVocabulary
+
+
+@dataclass(frozen=True)
+class Corruption:
+    """A corrupted canvas and how its loss is weighted.
+
+    Args:
+        canvas: Targets replaced by their modality's mask.
+        is_target: Positions that carry loss.
+        weight: L / k of the window at each target, 0 elsewhere.
+        has_hole: Rows masked by a rectangle instead of an exact count.
+    """
+
+    canvas: Canvas
+    is_target: Bool[Tensor, "batch length"]
+    weight: Float[Tensor, "batch length"]
+    has_hole: Bool[Tensor, " batch"]
+
+
+class MaskedDiffusion(CanvasObjective):
+    """Exact-count masked diffusion over any canvas.
+
+    Args:
+        loss_weights: Weight of each modality by name; 1 where none is given.
+        hole_share: Share of rows whose only free window is a grid that get one rectangular hole
+            instead (practice for inpainting; left out of the reported bounds).
+        num_noise_bins: Noise levels reported separately.
+    """
+
+    def __init__(
+        self,
+        *,
+        loss_weights: Mapping[str, float] | None = None,
+        hole_share: float = 0.0,
+        num_noise_bins: int = 4,
+    ) -> None:
+        super().__init__(loss_weights=loss_weights)
+        if not 0.0 <= hole_share <= 1.0:
+            raise ConfigError(f"`hole_share` must lie in [0, 1]; got {hole_share}. Use 0.1.")
+        self.hole_share = hole_share
+        self.num_noise_bins = num_noise_bins
+
+    def __call__(
+        self,
+        model: Any,
+        inputs: Canvas,
+        *,
+        generator: Generators,
+        teacher: Any = None,
+        uniforms: Mapping[int, Float[Tensor, " batch"]] | None = None,
+        denominators: Mapping[int, int] | None = None,
+        tasks: Sequence[str] = (),
+        draws: Sequence[float] = (),
+    ) -> ObjectiveOutput:
+        """One forward on one corruption of a clean canvas.
+
+        Args:
+            model: Backbone; its `vocabulary` names masks and columns.
+            inputs: Clean canvas; `is_free` is what may be masked.
+            generator: One for the batch, or one for each row.
+            teacher: Unused: the targets are the data.
+            uniforms: Window id -> one number in [0, 1) a row that sets its count; None to draw.
+            denominators: Free positions of each modality index in the global batch.
+            tasks: Task of each row, for the report.
+            draws: One number in [0, 1) a row that decides about holes; none without.
+        """
+        del teacher
+        vocabulary = model.vocabulary
+        corrupted = self.corrupt(
+            inputs, vocabulary, generator=generator, uniforms=uniforms, draws=draws
+        )
+        noisy = corrupted.canvas
+        levels = noise_levels(noisy, vocabulary)
+        output = model(
+            noisy.input_ids,
+            noise_levels=levels,
+            modality_ids=noisy.modality_ids,
+            position_ids=noisy.position_ids,
+            attention_plan=AttentionPlan.from_canvas(noisy),
+        )
+        nll = target_nll(model, output.hidden_states, inputs, corrupted.is_target)
+        nelbo = nll * corrupted.weight
+        loss = self.weighted_loss(nelbo, inputs, vocabulary, denominators)
+        if not loss.requires_grad:
+            loss = loss + 0.0 * output.hidden_states.sum()
+        if output.auxiliary_loss is not None:
+            loss = loss + output.auxiliary_loss
+        is_bound = (num_free_windows(inputs) <= 1) & ~corrupted.has_hole
+        terms = nelbo_terms(nelbo, inputs, vocabulary, is_bound=is_bound, tasks=tasks)
+        terms |= noise_terms(
+            nll, levels, corrupted.is_target, inputs, vocabulary, self.num_noise_bins
+        )
+        return ObjectiveOutput(loss, terms, int(corrupted.is_target.sum()), is_bound)
+
+    def corrupt(
+        self,
+        canvas: Canvas,
+        vocabulary: UnifiedVocabulary,
+        *,
+        generator: Generators,
+        uniforms: Mapping[int, Float[Tensor, " batch"]] | None = None,
+        draws: Sequence[float] = (),
+    ) -> Corruption:
+        """Mask an exact count of every free window, or one rectangle of a grid."""
+        is_target = torch.zeros_like(canvas.is_free)
+        weight = torch.zeros(canvas.is_free.shape, device=canvas.device)
+        input_ids = canvas.input_ids.clone()
+        wants_hole = torch.tensor([draw < self.hole_share for draw in draws], dtype=torch.bool)
+        wants_hole = wants_hole.to(canvas.device) & (num_free_windows(canvas) == 1)
+        has_hole = torch.zeros(canvas.batch_size, dtype=torch.bool, device=canvas.device)
+        for window in canvas.free_windows():
+            part = canvas.window_slice(window)
+            is_free = canvas.is_free[:, part]
+            lengths = is_free.sum(dim=1)
+            u = uniforms[window] if uniforms is not None else _draw(len(lengths), generator)
+            counts = counts_from_uniforms(u.to(canvas.device), lengths)
+            masked = _masks(is_free, counts, generator)
+            if bool(wants_hole.any()):
+                masked, holed = _holes(canvas, part, masked, wants_hole, generator)
+                has_hole |= holed
+            counts = masked.sum(dim=1)
+            is_target[:, part] = masked
+            weight[:, part] = masked * (lengths / counts.clamp(min=1))[:, None]
+            mask = vocabulary.mask_token_id(vocabulary.modalities[canvas.window_modality(window)])
+            input_ids[:, part] = input_ids[:, part].masked_fill(masked, mask)
+        return Corruption(canvas.replace(input_ids=input_ids), is_target, weight, has_hole)
+
+
+def _draw(batch: int, generator: Generators) -> Float[Tensor, " batch"]:
+    """Numbers that set the counts: stratified with one generator, independent with one a row."""
+    if isinstance(generator, torch.Generator):
+        return stratified_uniforms(batch, generator=generator)
+    draws = [torch.rand(1, generator=row, dtype=torch.float64) for row in generator]
+    return torch.cat(draws)
+
+
+def _masks(
+    is_free: Bool[Tensor, "batch length"], counts: Int[Tensor, " batch"], generator: Generators
+) -> Bool[Tensor, "batch length"]:
+    """Exact-count masks; with a generator a row, a row's mask does not depend on its padding."""
+    if isinstance(generator, torch.Generator):
+        return exact_count_mask(is_free, counts, generator=generator)
+    masked = torch.zeros_like(is_free)
+    for row, draw in enumerate(generator):
+        columns = is_free[row].nonzero().flatten()
+        if len(columns):
+            chosen = exact_count_mask(
+                is_free[row : row + 1, columns], counts[row : row + 1], generator=draw
+            )
+            masked[row, columns] = chosen[0]
+    return masked
+
+
+def _holes(
+    canvas: Canvas,
+    part: slice,
+    masked: Bool[Tensor, "batch length"],
+    wants_hole: Bool[Tensor, " batch"],
+    generator: Generators,
+) -> tuple[Bool[Tensor, "batch length"], Bool[Tensor, " batch"]]:
+    """Replace the masks of some rows by rectangles, in a window that is one free grid.
+
+    Returns:
+        The masks, and the rows that were replaced.
+    """
+    axes = canvas.position_ids[:, part, -2:]
+    height, width = (int(size) + 1 for size in axes.amax(dim=(0, 1)))
+    is_grid = canvas.is_free[:, part].all(dim=1) & (height * width > 1)
+    rows = (wants_hole & is_grid).nonzero().flatten()
+    masked, has_hole = masked.clone(), torch.zeros_like(wants_hole)
+    for row in rows.tolist():
+        draw = generator if isinstance(generator, torch.Generator) else generator[row]
+        hole = rectangle_mask(1, (height, width), generator=draw)[0].to(masked.device)
+        masked[row] = hole[axes[row, :, 0], axes[row, :, 1]]
+        has_hole[row] = True
+    return masked, has_hole

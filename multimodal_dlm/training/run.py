@@ -1,0 +1,137 @@
+"""The two entries of the training command: describe a run, or train it."""
+
+import logging
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from accelerate import Accelerator
+
+from multimodal_dlm.training.batches import iterate_steps
+from multimodal_dlm.training.components import Job, build_job
+from multimodal_dlm.training.config import TrainConfig
+from multimodal_dlm.training.objectives.base import Batch
+from multimodal_dlm.training.run_folder import write_run_folder
+from multimodal_dlm.training.trainer import Callback, Trainer, TrainState
+
+logger = logging.getLogger(__name__)
+
+DESCRIBED_STEPS = 4
+
+__all__ = ["Callback", "TrainState", "describe", "train"]
+
+
+def describe(config: TrainConfig) -> dict[str, Any]:
+    """What a run would be: resolved config, parameters, tokens a step and data size.
+
+    Nothing is encoded, written or trained; tokens are counted over the first steps.
+    """
+    job = build_job(config, is_dry_run=True)
+    steps = min(DESCRIBED_STEPS, config.num_train_steps)
+    batches = [part for _, parts in iterate_steps(job.source, 0, steps) for part in parts]
+    tokens = sum(batch.num_tokens for batch in batches) / steps
+    slots = sum(_num_slots(batch) for batch in batches) / steps
+    parameters = [parameter for parameter in job.model.parameters() if parameter.requires_grad]
+    return {
+        "config": config.to_dict(),
+        "num_parameters": sum(parameter.numel() for parameter in parameters),
+        "rows_per_step": config.data.batch_size,
+        "tokens_per_step": round(tokens),
+        "padding_share": round(1 - tokens / slots, 4),
+        "data": _data_size(config, job),
+    }
+
+
+def train(config: TrainConfig, *, callbacks: Sequence[Callback] = ()) -> dict[str, Any]:
+    """Train a component, or go on with what `output_dir` holds, and export it when finished.
+
+    Args:
+        config: The run.
+        callbacks: Called on the main process with a `TrainState`.
+
+    Returns:
+        Step reached, last metrics, and the folder of the export when the run is finished.
+    """
+    output_dir = Path(config.output_dir)
+    accelerator = Accelerator(
+        mixed_precision="no", log_with="tensorboard", project_dir=str(output_dir)
+    )
+    if accelerator.is_main_process:
+        output_dir.mkdir(parents=True, exist_ok=True)
+    with _run_log(output_dir, is_main=accelerator.is_main_process):
+        with accelerator.main_process_first():
+            job = build_job(
+                config,
+                rank=accelerator.process_index,
+                world_size=accelerator.num_processes,
+                device=accelerator.device,
+            )
+        if accelerator.is_main_process:
+            write_run_folder(config, job.manifest, num_processes=accelerator.num_processes)
+        accelerator.init_trackers("tensorboard")
+        trainer = Trainer(job, config, accelerator, callbacks=callbacks)
+        result = trainer.fit()
+        if result["is_finished"]:
+            folder = _export(config, job, trainer)
+            result["export"] = str(folder)
+        accelerator.end_training()
+    return {"output_dir": str(output_dir), **result}
+
+
+@contextmanager
+def _run_log(output_dir: Path, *, is_main: bool) -> Iterator[None]:
+    """The library's messages on the screen and in `<output_dir>/train.log`."""
+    root = logging.getLogger("multimodal_dlm")
+    old_level, handlers = root.level, list[logging.Handler]()
+    if is_main:
+        shape = logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S")
+        handlers = [logging.StreamHandler(), logging.FileHandler(output_dir / "train.log")]
+        for handler in handlers:
+            handler.setFormatter(shape)
+            root.addHandler(handler)
+        root.setLevel(logging.INFO)
+    try:
+        yield
+    finally:
+        for handler in handlers:
+            root.removeHandler(handler)
+            handler.close()
+        root.setLevel(old_level)
+
+
+def _export(config: TrainConfig, job: Job, trainer: Trainer) -> Path:
+    """Save the finished component, averaged if asked for, from the main process."""
+    folder = Path(config.export.folder or Path(config.output_dir) / "pipeline")
+    if trainer.accelerator.is_main_process:
+        if config.export.use_ema and trainer.ema is not None:
+            with trainer.ema.applied(trainer.model) as model:
+                job.export(model, folder)
+        else:
+            job.export(trainer.model, folder)
+        logger.info("Exported to %s.", folder)
+    trainer.accelerator.wait_for_everyone()
+    return folder
+
+
+def _num_slots(batch: Batch) -> int:
+    """Tokens with padding."""
+    shape = getattr(batch.inputs, "input_ids", None)
+    return shape.numel() if shape is not None else len(batch.inputs)
+
+
+def _data_size(config: TrainConfig, job: Job) -> dict[str, Any]:
+    """Samples and passes of every source."""
+    sources = {}
+    rows = config.num_train_steps * config.data.batch_size
+    chosen = [s for s in job.manifest.sources.values() if s.count(config.data.split)]
+    weight = sum(source.weight for source in chosen)
+    for source in chosen:
+        count = source.count(config.data.split)
+        sources[source.name] = {
+            "samples": count,
+            "share": round(source.weight / weight, 4),
+            "epochs": round(rows * source.weight / weight / count, 2),
+            "tasks": dict(source.tasks),
+        }
+    return {"manifest": job.manifest.name, "fingerprint": job.manifest.fingerprint, **sources}

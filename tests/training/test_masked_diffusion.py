@@ -1,0 +1,233 @@
+"""Masked diffusion: oracle values, weights, corruption, invariance to how a batch is cut."""
+
+import itertools
+import math
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from multimodal_dlm.canvas import Canvas, noise_levels
+from multimodal_dlm.errors import ConfigError
+from multimodal_dlm.training.batches import drop_empty_columns
+from multimodal_dlm.training.objectives import MaskedDiffusion, build_objective
+from multimodal_dlm.training.objectives.base import Batch
+from multimodal_dlm.vocabulary import UnifiedVocabulary
+from tests.training.tiny import TASKS, canvas_of, generators, tiny_model
+
+VOCABULARY = UnifiedVocabulary.build({"letters": [("letters", 3)]})
+LENGTH = 3
+
+
+def joint_distribution() -> torch.Tensor:
+    """A correlated distribution over three letters at three places, (27,)."""
+    draw = torch.Generator().manual_seed(3)
+    return torch.rand(3**LENGTH, generator=draw, dtype=torch.float64).pow(3).softmax(0) ** 1.5
+
+
+SEQUENCES = torch.tensor(list(itertools.product(range(3), repeat=LENGTH)))
+
+
+class PerfectDenoiser:
+    """p(letter at i | visible letters) by enumeration; states are the log-probabilities."""
+
+    def __init__(self) -> None:
+        joint = joint_distribution()
+        self.joint = joint / joint.sum()
+        self.vocabulary = VOCABULARY
+
+    def __call__(self, input_ids, **kwargs):
+        columns = self.vocabulary.to_columns(input_ids, "letters")
+        seen = (columns[:, None, :] == SEQUENCES) | (columns[:, None, :] == 3)
+        posterior = self.joint * seen.all(-1)
+        one_hot = torch.nn.functional.one_hot(SEQUENCES, 3).double()
+        probabilities = torch.einsum("bs,slv->blv", posterior, one_hot)
+        logits = (probabilities / posterior.sum(1)[:, None, None]).log()
+        return SimpleNamespace(hidden_states=logits, auxiliary_loss=None)
+
+    def compute_logits(self, states, modality):
+        return states
+
+
+def letters_canvas(columns: torch.Tensor) -> Canvas:
+    batch, length = columns.shape
+    zeros = torch.zeros(batch, length, dtype=torch.long)
+    return Canvas(
+        input_ids=VOCABULARY.from_columns(columns, "letters"),
+        window_ids=zeros + 1,
+        modality_ids=zeros,
+        position_ids=torch.zeros(batch, length, 3, dtype=torch.long),
+        order=zeros,
+        document_ids=zeros,
+        is_free=torch.ones(batch, length, dtype=torch.bool),
+        is_padding=torch.zeros(batch, length, dtype=torch.bool),
+    )
+
+
+def test_the_perfect_denoiser_pays_the_entropy():
+    model = PerfectDenoiser()
+    objective = MaskedDiffusion(num_noise_bins=1)
+    entropy = -(model.joint * model.joint.log()).sum()
+    repeats = 400
+    total = torch.zeros(())
+    for index, row in enumerate(SEQUENCES):
+        canvas = letters_canvas(row.expand(repeats, -1))
+        draw = torch.Generator().manual_seed(index)
+        output = objective(model, canvas, generator=draw)
+        total = total + model.joint[index] * output.loss * LENGTH
+    assert float(total) == pytest.approx(float(entropy), rel=0.02)
+
+
+def test_the_weight_of_a_target_is_window_length_over_count():
+    canvas = canvas_of(("text_to_image", "caption"))
+    vocabulary = tiny_model().vocabulary
+    corrupted = MaskedDiffusion().corrupt(canvas, vocabulary, generator=generators([1, 2]))
+    for row in range(2):
+        targets = corrupted.is_target[row]
+        length, count = int(canvas.is_free[row].sum()), int(targets.sum())
+        assert 1 <= count <= length
+        assert torch.equal(corrupted.weight[row, targets], torch.full((count,), length / count))
+    assert bool((corrupted.weight[~corrupted.is_target] == 0).all())
+
+
+def test_only_free_positions_are_masked_and_levels_are_the_realised_share():
+    canvas, vocabulary = canvas_of(), tiny_model().vocabulary
+    corrupted = MaskedDiffusion().corrupt(canvas, vocabulary, generator=generators(range(6)))
+    changed = corrupted.canvas.input_ids != canvas.input_ids
+    assert torch.equal(changed, corrupted.is_target)
+    assert not bool((changed & ~canvas.is_free).any())
+    assert bool(vocabulary.is_masked(corrupted.canvas.input_ids[corrupted.is_target]).all())
+    levels = noise_levels(corrupted.canvas, vocabulary)
+    expected = 1 / corrupted.weight[corrupted.is_target]
+    assert torch.allclose(levels[corrupted.is_target], expected)
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 6])
+def test_accumulated_micro_batches_equal_one_batch(size):
+    """Same losses and gradients, whatever is padded and however the batch is cut."""
+    canvas, model, objective = canvas_of(), tiny_model().double(), MaskedDiffusion(hole_share=0.5)
+    draws = (0.1, 0.9, 0.2, 0.9, 0.9, 0.3)
+
+    def run(order, cut):
+        parts = [order[start : start + cut] for start in range(0, len(order), cut)]
+        batches = [
+            Batch(
+                drop_empty_columns(canvas.select_rows(torch.tensor(part))),
+                keys=tuple(str(row) for row in part),
+                tasks=tuple(TASKS[row] for row in part),
+                rows=tuple(part),
+                draws=tuple(draws[row] for row in part),
+            )
+            for part in parts
+        ]
+        plan = objective.prepare(batches, seed=5, step=2, gather=list, num_processes=1)
+        model.zero_grad()
+        total = 0.0
+        for batch, context in zip(batches, plan.contexts, strict=True):
+            draw = generators(batch.rows)
+            output = objective(model, batch.inputs, generator=draw, **context)
+            (output.loss * plan.loss_scale).backward()
+            total += float(output.loss.detach())
+        return total, {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+    loss, gradients = run(list(range(6)), 6)
+    cut_loss, cut_gradients = run([3, 5, 0, 1, 4, 2], size)
+    assert cut_loss == pytest.approx(loss, rel=1e-12)
+    for name, gradient in gradients.items():
+        assert torch.allclose(gradient, cut_gradients[name], rtol=1e-9, atol=1e-12), name
+
+
+def test_counts_are_stratified_within_each_task():
+    tasks = ("caption",) * 4 + ("text_to_image",) * 4
+    canvas = canvas_of(tasks)
+    batch = Batch(canvas, ("",) * 8, tasks, tuple(range(8)))
+    context = MaskedDiffusion().prepare(
+        [batch], seed=0, step=0, gather=list, num_processes=1
+    ).contexts[0]
+    for uniforms in context["uniforms"].values():
+        for rows in (slice(0, 4), slice(4, 8)):
+            strata = (uniforms[rows] * 4).floor().sort().values
+            assert strata.tolist() == [0, 1, 2, 3]
+
+
+def test_independent_counts_and_holes_are_not_bounds():
+    canvas, model = canvas_of(), tiny_model()
+    output = MaskedDiffusion(hole_share=0.5)(
+        model, canvas, generator=generators(range(6)), tasks=TASKS, draws=(0.1, *[0.9] * 5)
+    )
+    assert output.is_bound.tolist() == [False, True, True, False, True, True]
+    assert "loss/image/joint" in output.terms
+    assert "nelbo/image/joint" not in output.terms
+    assert "loss/image/text_to_image" in output.terms
+    assert "nelbo/text/caption" in output.terms
+
+
+def test_a_hole_is_a_rectangle():
+    canvas, vocabulary = canvas_of(("text_to_image",) * 20), tiny_model().vocabulary
+    corrupted = MaskedDiffusion(hole_share=1.0).corrupt(
+        canvas, vocabulary, generator=generators(range(20)), draws=[0.0] * 20
+    )
+    assert bool(corrupted.has_hole.all())
+    for row in range(20):
+        places = canvas.position_ids[row, corrupted.is_target[row]][:, 1:]
+        sides = places.amax(0) - places.amin(0) + 1
+        assert len(places) == int(sides.prod())
+
+
+def test_content_leaves_out_fill():
+    canvas, model = canvas_of(("caption",)), tiny_model()
+    output = MaskedDiffusion()(
+        model, canvas, generator=generators([0]), uniforms={3: torch.tensor([1.0])}
+    )
+    content = int(output.terms["content/text"].count)
+    assert content == len("a cat") + 1
+    assert int(output.terms["nelbo/text"].count) == int(canvas.is_free.sum()) > content
+
+
+def test_loss_weights_scale_one_modality():
+    canvas, model = canvas_of(("joint",)), tiny_model()
+    uniforms = {1: torch.tensor([0.6]), 3: torch.tensor([0.6])}
+
+    def loss(**weights):
+        objective = MaskedDiffusion(loss_weights=weights)
+        return float(objective(model, canvas, generator=generators([0]), uniforms=uniforms).loss)
+
+    both, image, text = loss(), loss(text=0.0), loss(image=0.0)
+    assert both == pytest.approx(image + text, rel=1e-5)
+    assert min(image, text) > 0
+
+
+def test_a_row_without_targets_keeps_a_gradient_path():
+    canvas = canvas_of(("caption",))
+    canvas = canvas.replace(is_free=torch.zeros_like(canvas.is_free))
+    output = MaskedDiffusion()(tiny_model(), canvas, generator=generators([0]))
+    output.loss.backward()
+    assert float(output.loss) == 0.0
+    assert output.num_targets == 0
+
+
+def test_wrong_options_are_explained():
+    with pytest.raises(ConfigError, match="Did you mean `masked_diffusion`"):
+        build_objective("masked_difusion")
+    with pytest.raises(ConfigError, match="`objective.options` of `masked_diffusion`"):
+        build_objective("masked_diffusion", holes=0.1)
+    with pytest.raises(ConfigError, match=r"`hole_share` must lie in \[0, 1\]; got 2"):
+        MaskedDiffusion(hole_share=2)
+    with pytest.raises(ConfigError, match="Unknown modality in `loss_weights` `imge`"):
+        MaskedDiffusion(loss_weights={"imge": 1.0})(
+            tiny_model(), canvas_of(("joint",)), generator=generators([0])
+        )
+
+
+def test_two_steps_lower_the_loss_on_one_batch():
+    canvas, model = canvas_of(), tiny_model(std=0.05)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    losses = []
+    for _ in range(3):
+        output = MaskedDiffusion()(model, canvas, generator=generators(range(6)))
+        losses.append(float(output.loss.detach()))
+        optimizer.zero_grad()
+        output.loss.backward()
+        optimizer.step()
+    assert losses[2] < losses[1] < losses[0]
+    assert losses[0] > math.log(2)
