@@ -290,6 +290,8 @@ class _Loop:
             for branch in branches
         }
         quality = outputs[branches[0].name].token_quality
+        if quality is not None:
+            quality = quality[:, group.columns(branches[0].canvas)]
         sample, is_free = self._sample(group)
         stepped = self.scheduler.step(
             combine(logits, {branch.name: branch.weight for branch in branches}),
@@ -298,9 +300,7 @@ class _Loop:
             state=run.state,
             is_free=is_free,
             generator=run.generators,
-            token_quality=None
-            if quality is None
-            else quality[:, group.columns(branches[0].canvas)],
+            token_quality=quality,
             allowed=self.vocabulary.allowed_columns(self.canvas.input_ids[:, part], group.modality),
         )
         run.state = stepped.state
@@ -337,7 +337,8 @@ class _Loop:
         self.forwards = _Forwards.open(
             self.transformer, self.builder(canvas), self.forwards.num_forwards
         )
-        found = {(g.window, g.order): g for g in noise_groups(canvas, self.vocabulary.modalities)}
+        stages = noise_groups(canvas, self.vocabulary.modalities)
+        found = {(group.window, group.order): group for stage in stages for group in stage}
         for run in self.runs:
             group = found.get((run.group.window, run.group.order))
             if group is not None:
@@ -347,7 +348,7 @@ class _Loop:
         """End early: free masks take the last prediction, or the likeliest token without one."""
         predictions = {run.group: run.prediction for run in self.runs}
         ids = self.canvas.input_ids.clone()
-        states: Tensor | None = None
+        states: Tensor | None = None  # Only where there is no prediction.
         for group in (group for stage in stages for group in stage):
             part = group.columns(self.canvas)
             sample, is_free = self._sample(group)
@@ -356,13 +357,16 @@ class _Loop:
                 continue
             columns = predictions.get(group)
             if columns is None:
-                if states is None:
-                    states = self.forwards(self.forwards.branches[0]).hidden_states
+                states = self._conditional_states() if states is None else states
                 logits = self.transformer.compute_logits(states[:, part], group.modality)
                 columns = logits.argmax(dim=-1)
             ids[:, part] = self._merge(part, is_masked, columns, group.modality)
         self.canvas = self.canvas.replace(input_ids=ids)
         return self.output(is_complete=False)
+
+    def _conditional_states(self) -> Tensor:
+        """Hidden states of the main canvas by one more forward."""
+        return self.forwards(self.forwards.branches[0]).hidden_states
 
     def output(self, *, is_complete: bool) -> DenoisingOutput:
         """The result of the run."""

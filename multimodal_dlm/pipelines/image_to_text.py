@@ -4,9 +4,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
 
-from multimodal_dlm.errors import ConfigError
 from multimodal_dlm.pipelines.guidance import classifier_free
 from multimodal_dlm.pipelines.inputs import (
     check_count,
@@ -16,7 +14,7 @@ from multimodal_dlm.pipelines.inputs import (
 )
 from multimodal_dlm.pipelines.outputs import UnifiedTextOutput
 from multimodal_dlm.pipelines.pipeline_base import Callback, UnifiedPipeline
-from multimodal_dlm.pipelines.pixels import check_output_type, to_pixels
+from multimodal_dlm.pipelines.pixels import check_output_type
 from multimodal_dlm.pipelines.randomness import Generators, draw_row_seeds
 from multimodal_dlm.processing import Codes
 

@@ -5,6 +5,7 @@ processor is built from the layout stored with the backbone.
 """
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from typing import Any, Self
 
@@ -56,7 +57,7 @@ class UnifiedPipeline(SharingMixin, DiffusionPipeline):
         image_tokenizer: ImageTokenizer,
     ) -> None:
         super().__init__()
-        check_components(transformer, tokenizer, image_tokenizer)
+        layout = check_components(transformer, tokenizer, image_tokenizer)
         self.register_modules(
             transformer=transformer,
             scheduler=scheduler,
@@ -65,7 +66,7 @@ class UnifiedPipeline(SharingMixin, DiffusionPipeline):
         )
         self.processor = UnifiedProcessor(
             vocabulary=transformer.vocabulary,
-            layout=transformer.layout,
+            layout=layout,
             tokenizer=tokenizer,
             image_grids=(image_tokenizer.grid_size,) * len(image_tokenizer.codebook_sizes),
         )
@@ -147,7 +148,7 @@ class UnifiedPipeline(SharingMixin, DiffusionPipeline):
                 row_seeds=row_seeds,
                 branches=on_device,
                 callback=callback,
-                progress_bar=lambda total: self.progress_bar(total=total),
+                progress_bar=self._progress_bar,
                 **options,
             )
         finally:
@@ -155,6 +156,10 @@ class UnifiedPipeline(SharingMixin, DiffusionPipeline):
             self.maybe_free_model_hooks()
         self.num_forwards = output.num_forwards
         return output
+
+    def _progress_bar(self, total: int) -> AbstractContextManager[Any]:
+        """Diffusers' progress bar over a number of steps."""
+        return self.progress_bar(total=total)  # pyright: ignore[reportAttributeAccessIssue]
 
     def _step_callback(
         self, callback: Callback | None, tensor_inputs: Sequence[str]
@@ -288,8 +293,11 @@ def check_components(
     transformer: UnifiedTransformerModel,
     tokenizer: PreTrainedTokenizerFast,
     image_tokenizer: ImageTokenizer,
-) -> None:
+) -> Mapping[str, Any]:
     """Refuse tokenizers that the backbone was not trained with, and a backbone without layout.
+
+    Returns:
+        The layout of the backbone.
 
     Raises:
         ConfigError: When the backbone has no layout.
@@ -328,3 +336,4 @@ def check_components(
     if image_tokenizer.config["fingerprint"] is None:
         # Checked while the weights are as trained: casting them later must not change it.
         image_tokenizer.mark_released()
+    return transformer.layout

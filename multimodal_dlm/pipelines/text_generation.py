@@ -74,12 +74,8 @@ class UnifiedTextGenerationPipeline(UnifiedPipeline):
         check_count("num_texts_per_prompt", num_texts_per_prompt)
         check_guidance(guidance_scale, guidance_start, guidance_stop)
         check_output_type(output_type, TEXT_OUTPUT_TYPES)
-        if template is not None:
-            canvas = self._template_canvas(
-                prompt, template, image, gen_length, num_texts_per_prompt
-            )
-        else:
-            canvas = self._prompt_canvas(prompt, image, gen_length, num_texts_per_prompt)
+        build = self._prompt_canvas if template is None else self._template_canvas
+        canvas = build(prompt, template, image, gen_length, num_texts_per_prompt)
         if num_inference_steps is None:
             num_inference_steps = max(1, int(canvas.is_free.sum(dim=1).max()))
         check_count("num_inference_steps", num_inference_steps)
@@ -96,8 +92,11 @@ class UnifiedTextGenerationPipeline(UnifiedPipeline):
         )
         return self._text_output(run.canvas, output_type, return_dict)
 
-    def _prompt_canvas(self, prompt: Any, image: Any, gen_length: int | None, times: int) -> Canvas:
+    def _prompt_canvas(
+        self, prompt: Any, template: Any, image: Any, gen_length: int | None, times: int
+    ) -> Canvas:
         """Instructions clean, answers masked."""
+        del template
         if image is not None:
             raise ConfigError(
                 "`image` goes with `template` here; got it without. Use"

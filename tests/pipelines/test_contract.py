@@ -179,7 +179,7 @@ def test_diffusers_callback_objects_work(make, case):
     pipe = make(case.pipeline)
 
     class Count(PipelineCallback):
-        tensor_inputs = ["input_ids"]  # noqa: RUF012 (as Diffusers declares it)
+        tensor_inputs = ["input_ids"]
 
         def callback_fn(self, pipeline, step_index, timestep, callback_kwargs):
             self.count = step_index + 1
