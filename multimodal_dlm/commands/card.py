@@ -26,14 +26,14 @@ def run_card(pipeline: str = RELEASED_PIPELINE, *, output: str | None = None) ->
         pipeline: Folder of the pipeline.
         output: file; null writes README.md into the folder
     """
-    from multimodal_dlm.pipelines import load_pipeline
-    from multimodal_dlm.pipelines.manifest import hash_files
-    from multimodal_dlm.pipelines.model_card import render_card
-
     if not Path(pipeline).is_dir():
         raise CheckpointError(
             f"`pipeline` must be a folder on this machine; there is no folder `{pipeline}`."
         )
+    from multimodal_dlm.pipelines import load_pipeline
+    from multimodal_dlm.pipelines.manifest import hash_files
+    from multimodal_dlm.pipelines.model_card import render_card
+
     card = render_card(load_pipeline(pipeline), hash_files(pipeline))
     path = Path(pipeline) / "README.md" if output is None else Path(output)
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -39,7 +39,7 @@ def run_build(
     except ModuleNotFoundError as error:
         raise _missing_extra(error) from error
     try:
-        manifest = build(recipe, output, sources=sources, limit=limit)
+        manifest = build(recipe, output, sources_dir=sources, limit=limit)
     except ModuleNotFoundError as error:
         raise _missing_extra(error) from error
     splits = {

@@ -6,10 +6,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from multimodal_dlm.commands.loading import RELEASED_PIPELINE, load, seeded
+from multimodal_dlm.commands.loading import RELEASED_PIPELINE, load, require_folder, seeded
 from multimodal_dlm.commands.pictures import box_mask
 from multimodal_dlm.commands.reporting import Report, say
-from multimodal_dlm.errors import CheckpointError, DataError
+from multimodal_dlm.errors import DataError
 
 if TYPE_CHECKING:
     from jsonargparse import ArgumentParser
@@ -66,16 +66,9 @@ def run_demo(
         device: auto, cpu, cuda, cuda:1, mps
     """
     start = time.perf_counter()
-    if pipeline == RELEASED_PIPELINE and not Path(pipeline, "model_index.json").is_file():
-        raise CheckpointError(
-            f"The released pipeline `{pipeline}` must be in the working directory; it is not."
-            " Run this in the root of the repository, or give --pipeline FOLDER."
-        )
+    require_folder(pipeline)
     manifest = find_manifest(data)
-    say("importing torch, diffusers and transformers (several seconds)")
-    from multimodal_dlm.pipelines import UnifiedTextToImagePipeline
-
-    loaded = load(UnifiedTextToImagePipeline, pipeline, device)
+    loaded = load("UnifiedTextToImagePipeline", pipeline, device)
     folder = Path(output)
     folder.mkdir(parents=True, exist_ok=True)
     seconds = {"load": time.perf_counter() - start}

@@ -46,7 +46,6 @@ def run_evaluate(
         device: auto, cpu, cuda, cuda:1, mps
     """
     from multimodal_dlm.evaluation.understanding import evaluate_answers, evaluate_captions
-    from multimodal_dlm.pipelines import UnifiedImageToTextPipeline
 
     tasks = {"answers": evaluate_answers, "captions": evaluate_captions}
     if task not in tasks:
@@ -54,7 +53,7 @@ def run_evaluate(
     sources = find_manifest(manifest).sources
     if source not in sources:
         raise unknown_name("source", source, sources)
-    loaded = load(UnifiedImageToTextPipeline, pipeline, device)
+    loaded = load("UnifiedImageToTextPipeline", pipeline, device)
     say(f"measuring {task} of {source}, split {split}")
     result = tasks[task](loaded, sources[source], split=split, limit=limit, batch_size=batch_size)
     values = {"task": task, "source": source, "split": split, "pipeline": pipeline, **result}

@@ -1,29 +1,25 @@
 """Loading a pipeline for a command, and reading pictures given by path."""
 
-import logging
+import importlib
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 from multimodal_dlm.commands.reporting import say
-from multimodal_dlm.errors import ConfigError, DataError
+from multimodal_dlm.errors import CheckpointError, ConfigError, DataError
 
 if TYPE_CHECKING:
     import torch
     from PIL import Image
 
-    from multimodal_dlm.pipelines import UnifiedPipeline
-
 RELEASED_PIPELINE = "pipelines/emoji-small"
 
-Pipeline = TypeVar("Pipeline", bound="UnifiedPipeline")
 
-
-def load(pipeline_class: type[Pipeline], path: str, device: str = "auto") -> Pipeline:
+def load(class_name: str, path: str, device: str = "auto") -> Any:
     """Load a pipeline as one class and move it to a device.
 
     Args:
-        pipeline_class: Class to load the folder as.
+        class_name: Class of `multimodal_dlm.pipelines` to load the folder as.
         path: Folder, or `owner/name` on the Hub.
         device: `auto` takes CUDA, then MPS, then the CPU.
 
@@ -31,10 +27,11 @@ def load(pipeline_class: type[Pipeline], path: str, device: str = "auto") -> Pip
         CheckpointError: When there is no such pipeline.
         ConfigError: When torch does not know the device.
     """
-    import torch
-
+    require_folder(path)
+    say("importing torch, diffusers and transformers (some seconds)")
     start = time.perf_counter()
-    pipeline = pipeline_class.from_pretrained(path)
+    pipelines = importlib.import_module("multimodal_dlm.pipelines")
+    pipeline = getattr(pipelines, class_name).from_pretrained(path)
     try:
         pipeline.to(pick_device(device))
     except (RuntimeError, AssertionError) as error:
@@ -42,9 +39,28 @@ def load(pipeline_class: type[Pipeline], path: str, device: str = "auto") -> Pip
             f"`device` must be one that torch can use here; got `{device}` ({error}). Use `cpu`."
         ) from error
     pipeline.set_progress_bar_config(disable=True)
-    logging.getLogger(__name__).info("torch runs %d threads", torch.get_num_threads())
     say(f"loaded {path} in {time.perf_counter() - start:.1f} s")
     return pipeline
+
+
+def require_folder(path: str) -> None:
+    """Refuse a folder that is not there before anything slow is imported.
+
+    Raises:
+        CheckpointError: When a path, or the released pipeline, does not exist.
+    """
+    if Path(path).expanduser().is_dir():
+        return
+    if path == RELEASED_PIPELINE:
+        raise CheckpointError(
+            f"The released pipeline `{path}` must be in the working directory; it is not. Run this"
+            " in the root of the repository, or give --pipeline FOLDER."
+        )
+    if path.startswith((".", "/", "~")) or path.count("/") != 1:
+        raise CheckpointError(
+            f"`pipeline` must be an existing folder or a Hub repository `owner/name`; there is no"
+            f" folder `{path}`. Check the spelling and the working directory."
+        )
 
 
 def pick_device(device: str) -> str:

@@ -64,9 +64,7 @@ def run_generate(
         seed: of the first picture; picture i has seed + i
         device: auto, cpu, cuda, cuda:1, mps
     """
-    from multimodal_dlm.pipelines import UnifiedTextToImagePipeline
-
-    loaded = load(UnifiedTextToImagePipeline, pipeline, device)
+    loaded = load("UnifiedTextToImagePipeline", pipeline, device)
     captions = [text for text in prompt for _ in range(num_images_per_prompt)]
     start = time.perf_counter()
     images = loaded(
@@ -118,11 +116,9 @@ def run_inpaint(
             f" {'neither' if mask is None else 'both'}. Use --box '[0.5, 0, 1, 1]' for the right"
             " half."
         )
-    from multimodal_dlm.pipelines import UnifiedInpaintPipeline
-
     picture = read_picture(image).convert("RGB")
     hole = read_picture(mask) if mask is not None else box_mask(picture.size, box or [])
-    loaded = load(UnifiedInpaintPipeline, pipeline, device)
+    loaded = load("UnifiedInpaintPipeline", pipeline, device)
     start = time.perf_counter()
     images = loaded(
         prompt,
@@ -155,9 +151,7 @@ def run_joint(
         seed: of the first pair; pair i has seed + i
         device: auto, cpu, cuda, cuda:1, mps
     """
-    from multimodal_dlm.pipelines import UnifiedJointPipeline
-
-    loaded = load(UnifiedJointPipeline, pipeline, device)
+    loaded = load("UnifiedJointPipeline", pipeline, device)
     start = time.perf_counter()
     result = loaded(
         num_samples=num_samples,

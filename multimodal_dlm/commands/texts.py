@@ -50,10 +50,8 @@ def run_caption(
         seed: of the first caption; caption i has seed + i
         device: auto, cpu, cuda, cuda:1, mps
     """
-    from multimodal_dlm.pipelines import UnifiedImageToTextPipeline
-
     pictures = [read_picture(path) for path in image]
-    loaded = load(UnifiedImageToTextPipeline, pipeline, device)
+    loaded = load("UnifiedImageToTextPipeline", pipeline, device)
     start = time.perf_counter()
     texts = loaded(
         pictures,
@@ -95,10 +93,8 @@ def run_ask(
         seed: of the first answer; answer i has seed + i
         device: auto, cpu, cuda, cuda:1, mps
     """
-    from multimodal_dlm.pipelines import UnifiedImageToTextPipeline
-
     picture = read_picture(image)
-    loaded = load(UnifiedImageToTextPipeline, pipeline, device)
+    loaded = load("UnifiedImageToTextPipeline", pipeline, device)
     start = time.perf_counter()
     texts = loaded(
         [picture] * len(question),

@@ -43,11 +43,17 @@ def run_train(dry_run: bool = False, **fields: Any) -> Report:
 
 
 def sample_callbacks(config: TrainConfig) -> "list[Callback]":
-    """Sample sheets and captions of a backbone; nothing for a tokenizer."""
-    if config.model.component != "transformer" or not config.sample_every_steps:
+    """What the trainer calls every `sample_every_steps`: sample sheets and captions."""
+    if not config.sample_every_steps:
         return []
     from multimodal_dlm.datasets.manifest import open_manifest
-    from multimodal_dlm.evaluation.samples import SampleCallback, held_out_pictures
+    from multimodal_dlm.evaluation.samples import (
+        BackboneSamples,
+        ReconstructionSamples,
+        held_out_pictures,
+    )
 
-    manifest = open_manifest(config.data.manifest, config.data.data_root)
-    return [SampleCallback(config.output_dir, held_out=held_out_pictures(manifest))]
+    held_out = held_out_pictures(open_manifest(config.data.manifest, config.data.data_root))
+    if config.model.component == "image_tokenizer":
+        return [ReconstructionSamples(held_out)]
+    return [BackboneSamples(held_out)]

@@ -1,37 +1,77 @@
-"""Samples during training: a sheet of drawn pictures and captions of held-out ones.
+"""Samples during training: sheets of pictures, and captions of held-out ones.
 
-`SampleCallback` is one of the callables that the command line hands to the trainer; the trainer
-knows nothing of pipelines.
+The callables here are handed by the command line to the trainer, which knows nothing of pipelines.
 """
 
 import json
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
+import numpy as np
 import torch
 from PIL import Image
+from torch import nn
 
 from multimodal_dlm.datasets.manifest import Manifest
 from multimodal_dlm.datasets.reading import iterate_samples
-from multimodal_dlm.evaluation.sheets import contact_sheet
+from multimodal_dlm.evaluation.sheets import contact_sheet, grid_sheet
+from multimodal_dlm.evaluation.text_metrics import exact_match
 from multimodal_dlm.pipelines import UnifiedImageToTextPipeline, UnifiedTextToImagePipeline
-from multimodal_dlm.schedulers import ConfidenceScheduler
 
-LOGGER = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
+
 PROMPTS = (
     "a red apple", "a dog", "a cat face", "a rocket", "a house", "a yellow star", "a pizza",
     "a car", "two red apples", "a fish to the left of a tree", "a blue circle on a pale background",
     "an emoji of a rose",
 )  # fmt: skip
+HELD_OUT_SPLITS = ("val", "test")
+FOLDER = "samples"
+
+
+class RunState(Protocol):
+    """What the trainer hands over: the part of its state that is used here."""
+
+    @property
+    def step(self) -> int:
+        """Optimizer steps taken."""
+        ...
+
+    @property
+    def output_dir(self) -> Path:
+        """Folder of the run."""
+        ...
+
+    @property
+    def components(self) -> Mapping[str, Any]:
+        """Tokenizers and scheduler by name."""
+        ...
+
+    @property
+    def log(self) -> Callable[[Mapping[str, float]], None]:
+        """Writes scalars to the trackers."""
+        ...
+
+    def averaged(self) -> AbstractContextManager[nn.Module]:
+        """The model with its averaged weights."""
+        ...
 
 
 @dataclass(frozen=True)
-class HeldOut:
-    """A held-out picture with its texts."""
+class HeldOutPicture:
+    """A held-out picture with its texts.
+
+    Args:
+        image: The picture.
+        caption: Its first caption.
+        question: One of its questions, or None.
+        answer: The true answer, or None.
+    """
 
     image: Image.Image
     caption: str
@@ -39,17 +79,24 @@ class HeldOut:
     answer: str | None
 
 
-def held_out_pictures(manifest: Manifest, *, per_source: int = 4) -> list[HeldOut]:
-    """The first pictures of a held-out split of every source that has one."""
+def held_out_pictures(manifest: Manifest, *, per_source: int = 4) -> list[HeldOutPicture]:
+    """The first pictures of a held-out split of every source that has pictures in one.
+
+    Args:
+        manifest: Sources.
+        per_source: Pictures of each source at most.
+    """
     found = []
     for source in manifest.sources.values():
-        split = next((name for name in ("val", "test") if source.count(name)), None)
+        split = next((name for name in HELD_OUT_SPLITS if source.count(name)), None)
         if split is None:
             continue
-        for sample in islice(iterate_samples(source, split), per_source):
-            pair = sample.record.qa[0] if sample.record.qa else None
+        samples = (s for s in iterate_samples(source, split) if s.image_bytes is not None)
+        for place, sample in enumerate(islice(samples, per_source)):
+            pairs = sample.record.qa
+            pair = pairs[place % len(pairs)] if pairs else None
             found.append(
-                HeldOut(
+                HeldOutPicture(
                     Image.fromarray(sample.image),
                     sample.record.captions[0],
                     pair.question if pair else None,
@@ -59,88 +106,110 @@ def held_out_pictures(manifest: Manifest, *, per_source: int = 4) -> list[HeldOu
     return found
 
 
-class SampleCallback:
-    """Writes `samples/step_XXXXXXX.png` and `captions.json` into the run's folder.
+class BackboneSamples:
+    """Writes `samples/step_XXXXXXX.png` and `samples/captions.json` into the run's folder.
 
     Args:
-        run_dir: Folder of the run.
         held_out: Pictures to describe.
         prompts: What to draw.
         seed: Of the drawings, the same at every step so that sheets can be compared.
-        guidance_scale: Of the drawings.
     """
 
     def __init__(
         self,
-        run_dir: str | Path,
+        held_out: Sequence[HeldOutPicture] = (),
         *,
-        held_out: Sequence[HeldOut] = (),
         prompts: Sequence[str] = PROMPTS,
         seed: int = 0,
-        guidance_scale: float = 3.0,
     ) -> None:
-        self.folder = Path(run_dir) / "samples"
         self.held_out = list(held_out)
         self.prompts = list(prompts)
         self.seed = seed
-        self.guidance_scale = guidance_scale
 
-    def __call__(
-        self, step: int, *, transformer: Any, tokenizer: Any, image_tokenizer: Any
-    ) -> dict[str, float]:
-        """Draw and describe with the weights of this step.
-
-        Args:
-            step: Optimizer steps done.
-            transformer: Backbone, or its EMA.
-            tokenizer: Text tokenizer.
-            image_tokenizer: Image tokenizer.
-
-        Returns:
-            Scalars for the tracker: the share of questions answered right.
-        """
-        was_training = transformer.training
-        transformer.eval()
-        try:
+    def __call__(self, state: RunState) -> None:
+        """Draw and describe with the averaged weights of this step."""
+        folder = state.output_dir / FOLDER
+        folder.mkdir(parents=True, exist_ok=True)
+        with state.averaged() as model:
             pipe = UnifiedTextToImagePipeline(
-                transformer=transformer,
-                scheduler=ConfidenceScheduler(),
-                tokenizer=tokenizer,
-                image_tokenizer=image_tokenizer,
+                transformer=model,
+                scheduler=state.components["scheduler"],
+                tokenizer=state.components["tokenizer"],
+                image_tokenizer=state.components["image_tokenizer"],
             )
             pipe.set_progress_bar_config(disable=True)
-            self._draw(pipe, step)
-            return self._describe(UnifiedImageToTextPipeline.from_pipe(pipe), step)
-        finally:
-            transformer.train(was_training)
+            self._draw(pipe, folder / f"step_{state.step:07d}.png")
+            if self.held_out:
+                state.log(self._describe(pipe, folder / "captions.json", state.step))
 
-    def _draw(self, pipe: UnifiedTextToImagePipeline, step: int) -> None:
-        generators = [
-            torch.Generator().manual_seed(self.seed + place) for place in range(len(self.prompts))
-        ]
-        images = pipe(self.prompts, guidance_scale=self.guidance_scale, generator=generators).images
-        self.folder.mkdir(parents=True, exist_ok=True)
-        path = self.folder / f"step_{step:07d}.png"
+    def _draw(self, pipe: UnifiedTextToImagePipeline, path: Path) -> None:
+        seeds = range(self.seed, self.seed + len(self.prompts))
+        generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+        images = pipe(self.prompts, generator=generators).images
         contact_sheet(images, self.prompts).save(path)
-        LOGGER.info("wrote %s", path)
+        logger.info("Wrote %s.", path)
 
-    def _describe(self, pipe: UnifiedImageToTextPipeline, step: int) -> dict[str, float]:
-        if not self.held_out:
-            return {}
-        pipe.set_progress_bar_config(disable=True)
-        rows: list[dict[str, Any]] = []
-        captions = pipe([each.image for each in self.held_out]).texts
+    def _describe(
+        self, pipe: UnifiedTextToImagePipeline, path: Path, step: int
+    ) -> dict[str, float]:
+        """Captions and answers beside the truth; returns the share of right answers."""
+        read = UnifiedImageToTextPipeline.from_pipe(pipe)
+        read.set_progress_bar_config(disable=True)
+        captions = read([each.image for each in self.held_out]).texts
         asked = [each for each in self.held_out if each.question is not None]
-        answers = pipe([each.image for each in asked], [each.question for each in asked]).texts
-        for each, caption in zip(self.held_out, captions, strict=True):
-            rows.append({"caption": caption, "truth": each.caption})
-        questions = [
-            {"question": each.question, "answer": answer, "truth": each.answer}
-            for each, answer in zip(asked, answers, strict=True)
-        ]
-        right = sum(row["answer"] == row["truth"] for row in questions)
-        path = self.folder / "captions.json"
-        history = json.loads(path.read_text()) if path.is_file() else {}
-        history[f"{step:07d}"] = {"captions": rows, "questions": questions}
-        path.write_text(json.dumps(history, indent=1, ensure_ascii=False))
-        return {"samples/answers_right": right / max(len(questions), 1)}
+        answers: list[str] = []
+        if asked:
+            answers = read([each.image for each in asked], [each.question for each in asked]).texts
+        history = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+        history[f"{step:07d}"] = {
+            "captions": [
+                {"caption": caption, "truth": each.caption}
+                for each, caption in zip(self.held_out, captions, strict=True)
+            ],
+            "answers": [
+                {"question": each.question, "answer": answer, "truth": each.answer}
+                for each, answer in zip(asked, answers, strict=True)
+            ],
+        }
+        text = json.dumps(history, indent=1, ensure_ascii=False)
+        path.write_text(text + "\n", encoding="utf-8")
+        if not asked:
+            return {}
+        pairs = zip(asked, answers, strict=True)
+        right = sum(exact_match(answer, each.answer or "") for each, answer in pairs)
+        return {"samples/answers_right": right / len(asked)}
+
+
+class ReconstructionSamples:
+    """Writes `samples/step_XXXXXXX.png`: pictures above what an image tokenizer makes of them.
+
+    Args:
+        held_out: Pictures to encode and decode.
+        columns: Pictures in a row.
+    """
+
+    def __init__(self, held_out: Sequence[HeldOutPicture], *, columns: int = 6) -> None:
+        self.images = [each.image for each in held_out]
+        self.columns = columns
+
+    def __call__(self, state: RunState) -> None:
+        """Encode and decode with the averaged weights of this step."""
+        if not self.images:
+            return
+        folder = state.output_dir / FOLDER
+        folder.mkdir(parents=True, exist_ok=True)
+        pixels = torch.from_numpy(np.stack([np.asarray(image) for image in self.images]))
+        with torch.no_grad(), state.averaged() as model:
+            device = next(model.parameters()).device
+            given = pixels.permute(0, 3, 1, 2).float().to(device) / 255
+            decoded = model.decode(model.encode(given)).float().clamp(0, 1).cpu()
+        arrays = (decoded.permute(0, 2, 3, 1).numpy() * 255).round().astype(np.uint8)
+        made = [Image.fromarray(array) for array in arrays]
+        rows = []
+        for first in range(0, len(made), self.columns):
+            part = slice(first, first + self.columns)
+            rows.append([(image, "given") for image in self.images[part]])
+            rows.append([(image, "decoded") for image in made[part]])
+        path = folder / f"step_{state.step:07d}.png"
+        grid_sheet(rows, cell=96).save(path)
+        logger.info("Wrote %s.", path)
