@@ -1,0 +1,266 @@
+"""Manifests: which sources there are, with what weights, tasks and shards.
+
+A *dataset manifest* lists the shards of one recipe by split, where they came from, and the weight
+and task shares meant for it. A *mixture manifest* names dataset manifests and may change weights
+and shares. Both are YAML, and both open as a `Manifest`.
+"""
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from multimodal_dlm.datasets.writing import ShardInfo
+from multimodal_dlm.errors import DataError, unknown_name
+
+DATASET_ENTRIES = (
+    "name",
+    "recipe",
+    "recipe_version",
+    "folder",
+    "license",
+    "packages",
+    "caption_templates",
+    "weight",
+    "tasks",
+    "caption_weights",
+    "splits",
+)
+_MIXTURE_ENTRIES = ("name", "mixture")
+_MEMBER_ENTRIES = ("manifest", "weight", "tasks", "caption_weights")
+_SHARD_ENTRIES = ("name", "count", "num_bytes", "sha256")
+
+
+@dataclass(frozen=True)
+class ShardFile:
+    """One shard of a manifest.
+
+    Args:
+        path: Where it lies.
+        count: Number of samples.
+        num_bytes: Size of the file.
+        sha256: Hex digest of the file.
+    """
+
+    path: Path
+    count: int
+    num_bytes: int
+    sha256: str
+
+
+@dataclass(frozen=True)
+class Source:
+    """One dataset of a mixture.
+
+    Args:
+        name: Name of the dataset.
+        weight: Its slots in a block of the mixture, a positive integer.
+        tasks: Slots of each task in a block of the source, integers.
+        caption_weights: Weights of a record's captions by task; a task not named draws evenly.
+        splits: Shards by split.
+        details: The other entries of the manifest: recipe, licence, packages, templates.
+    """
+
+    name: str
+    weight: int
+    tasks: Mapping[str, int]
+    caption_weights: Mapping[str, Sequence[int]]
+    splits: Mapping[str, tuple[ShardFile, ...]]
+    details: Mapping[str, Any]
+
+    @property
+    def license(self) -> str:
+        """SPDX expression that covers its samples."""
+        return str(self.details["license"])
+
+    def count(self, split: str) -> int:
+        """Number of samples of a split, 0 when there is none of that name."""
+        return sum(shard.count for shard in self.splits.get(split, ()))
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """A mixture of sources.
+
+    Args:
+        name: Name of the mixture.
+        sources: Its datasets by name.
+    """
+
+    name: str
+    sources: Mapping[str, Source]
+
+    @property
+    def splits(self) -> tuple[str, ...]:
+        """All splits that any source has."""
+        return tuple(dict.fromkeys(s for source in self.sources.values() for s in source.splits))
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything but where the files lie, as JSON values: the record of a run."""
+        return {
+            "name": self.name,
+            "sources": {
+                name: {
+                    **source.details,
+                    "weight": source.weight,
+                    "tasks": dict(source.tasks),
+                    "caption_weights": {t: list(w) for t, w in source.caption_weights.items()},
+                    "splits": {
+                        split: [
+                            {
+                                "name": shard.path.name,
+                                "count": shard.count,
+                                "num_bytes": shard.num_bytes,
+                                "sha256": shard.sha256,
+                            }
+                            for shard in shards
+                        ]
+                        for split, shards in source.splits.items()
+                    },
+                }
+                for name, source in self.sources.items()
+            },
+        }
+
+    @property
+    def fingerprint(self) -> str:
+        """SHA-256 of everything that decides which examples are drawn."""
+        text = json.dumps(self.to_dict(), sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()
+
+
+def open_manifest(path: str | Path, data_root: str | Path | None = None) -> Manifest:
+    """Open a dataset manifest or a mixture manifest.
+
+    Args:
+        path: YAML file.
+        data_root: Folder that holds the datasets' folders; None for the folder each dataset
+            manifest lies in.
+
+    Raises:
+        DataError: When a file or an entry is missing or wrong.
+    """
+    path = Path(path)
+    root = Path(data_root) if data_root is not None else None
+    content = _read_yaml(path)
+    if "mixture" not in content:
+        source = _open_dataset(path, root, {})
+        return Manifest(source.name, {source.name: source})
+    _check_entries(content, _MIXTURE_ENTRIES, str(path))
+    sources: dict[str, Source] = {}
+    for member in content["mixture"]:
+        changes = dict(member)
+        _check_entries(changes, _MEMBER_ENTRIES, f"{path}: a member", required=("manifest",))
+        inner = path.parent / changes.pop("manifest")
+        source = _open_dataset(inner, root, changes)
+        if source.name in sources:
+            raise DataError(f"{path}: each source must be named once; got `{source.name}` twice.")
+        sources[source.name] = source
+    if not sources:
+        raise DataError(f"{path}: `mixture` must name at least one manifest; got none.")
+    return Manifest(content["name"], sources)
+
+
+def write_dataset_manifest(
+    path: Path, content: Mapping[str, Any], splits: Mapping[str, Sequence[ShardInfo]], comment: str
+) -> dict[str, Any]:
+    """Write a dataset manifest and return its content with `manifest`, its path.
+
+    Args:
+        path: YAML file to write.
+        content: Every entry but `splits`.
+        splits: Shards by split.
+        comment: First line, how it was made.
+    """
+    rows = {
+        split: [
+            {"name": s.name, "count": s.count, "num_bytes": s.num_bytes, "sha256": s.sha256}
+            for s in shards
+        ]
+        for split, shards in splits.items()
+    }
+    whole = {**content, "splits": rows}
+    text = yaml.safe_dump(whole, sort_keys=False, width=1000, default_flow_style=None)
+    path.write_text(f"# {comment}\n{text}")
+    return {**whole, "manifest": str(path)}
+
+
+def _open_dataset(path: Path, root: Path | None, changes: Mapping[str, Any]) -> Source:
+    content = _read_yaml(path)
+    _check_entries(content, DATASET_ENTRIES, str(path))
+    content.update(changes)
+    if Path(content["folder"]).is_absolute() or ".." in Path(content["folder"]).parts:
+        raise DataError(
+            f"{path}: `folder` must lie inside the data root; got `{content['folder']}`. Give"
+            " another root as `data_root`."
+        )
+    folder = (root if root is not None else path.parent) / content["folder"]
+    splits = {
+        split: tuple(_open_shard(path, folder, row) for row in rows)
+        for split, rows in content["splits"].items()
+    }
+    known = {"name", "weight", "tasks", "caption_weights", "splits", "folder"}
+    return Source(
+        name=content["name"],
+        weight=_check_share(path, "weight", content["weight"], at_least=1),
+        tasks={
+            task: _check_share(path, f"tasks.{task}", share)
+            for task, share in content["tasks"].items()
+        },
+        caption_weights=content["caption_weights"],
+        splits=splits,
+        details={name: value for name, value in content.items() if name not in known},
+    )
+
+
+def _open_shard(path: Path, folder: Path, row: Mapping[str, Any]) -> ShardFile:
+    _check_entries(row, _SHARD_ENTRIES, f"{path}: a shard")
+    name = row["name"]
+    if not isinstance(name, str) or Path(name).name != name or ":" in name or name[:1] == ".":
+        raise DataError(
+            f"{path}: a shard must be a plain file name inside `folder`, never a path, an address"
+            f" or a command (`pipe:`); got {name!r}."
+        )
+    return ShardFile(folder / name, int(row["count"]), int(row["num_bytes"]), str(row["sha256"]))
+
+
+def _check_share(path: Path, name: str, value: object, at_least: int = 0) -> int:
+    if not isinstance(value, int) or value < at_least:
+        raise DataError(
+            f"{path}: `{name}` must be an integer of at least {at_least}; got {value!r}. Scale the"
+            " shares up until they are whole."
+        )
+    return value
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        raise DataError(
+            f"Manifest {path} does not exist. Build a dataset with `multimodal-dlm data build`, or"
+            " use one of those in `datasets/`."
+        )
+    try:
+        content = yaml.safe_load(path.read_text())
+    except yaml.YAMLError as error:
+        raise DataError(f"Manifest {path} must be YAML; got {error}.") from error
+    if not isinstance(content, dict):
+        raise DataError(f"Manifest {path} must be a mapping; got {type(content).__name__}.")
+    return content
+
+
+def _check_entries(
+    content: Mapping[str, Any],
+    known: Sequence[str],
+    where: str,
+    required: Sequence[str] | None = None,
+) -> None:
+    for name in content:
+        if name not in known:
+            raise DataError(f"{where}: {unknown_name('entry', str(name), known)}")
+    missing = [name for name in (required or known) if name not in content]
+    if missing:
+        raise DataError(f"{where} must have the entries {', '.join(missing)}; they are missing.")

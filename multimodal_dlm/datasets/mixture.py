@@ -1,0 +1,243 @@
+"""The stream of training examples: slot s of epoch e is a pure function of (seed, e, s).
+
+Sources share blocks of slots by exact quotas, tasks share each source's draws the same way, and a
+counter-based generator keyed by (seed, epoch, slot) picks captions, questions and window lengths.
+Nothing is remembered but the number of the next batch: a reader resumes exactly, on any number of
+ranks and workers.
+"""
+
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from torch.utils.data import IterableDataset, get_worker_info
+
+from multimodal_dlm.datasets.manifest import Manifest
+from multimodal_dlm.datasets.ordering import QuotaOrder, SourceOrder
+from multimodal_dlm.datasets.reading import ShardReader, missing_split
+from multimodal_dlm.datasets.sampling import KeyedDraws, pick
+from multimodal_dlm.datasets.schema import Record
+from multimodal_dlm.errors import ConfigError, DataError
+
+QUESTION_TASKS = ("vqa", "text")
+_STATE_FORMAT = "multimodal_dlm.mixture_state/1"
+
+
+@dataclass(frozen=True)
+class TrainingExample:
+    """What one training row is made of, before tokens.
+
+    Args:
+        source: Name of the source.
+        split: Split of the source.
+        index: Number of the sample in that split, for codes encoded beforehand.
+        key: Key of the sample.
+        task: What is free, one of `processing.TASKS`.
+        instruction: Question, or None.
+        text: Caption or answer.
+        window_draws: Two uniform numbers that set the length of a free text window.
+        mask_draw: A uniform number for the objective's own choices, such as rectangular holes.
+        record: The whole record.
+        weight: 1, or 0 for a row that only fills the last batch of an epoch.
+    """
+
+    source: str
+    split: str
+    index: int
+    key: str
+    task: str
+    instruction: str | None
+    text: str
+    window_draws: tuple[float, float]
+    mask_draw: float
+    record: Record
+    weight: float = 1.0
+
+    @property
+    def sample_index(self) -> tuple[str, int]:
+        """Source and number: where codes encoded beforehand are kept."""
+        return self.source, self.index
+
+
+class MixtureReader(IterableDataset[list[TrainingExample]]):
+    """Global batches of a mixture, or one rank's slice of them, without end.
+
+    Batch g of an epoch is slots g * batch_size up to (g + 1) * batch_size; rank r takes the r-th
+    slice. As a `DataLoader` dataset (with `batch_size=None`) workers take whole batches in turn, so
+    the order does not depend on their number. Never pass that loader through
+    `accelerator.prepare`, which would drop data.
+
+    Args:
+        manifest: Sources with weights and tasks.
+        split: Split to read.
+        seed: Seed of the run.
+        batch_size: Rows of the global batch.
+        rank: This process.
+        world_size: Number of processes; divides `batch_size`.
+
+    Raises:
+        ConfigError: When `world_size` does not divide `batch_size` or `rank` is out of range.
+        DataError: When no source has the split, or one has no tasks.
+    """
+
+    def __init__(
+        self,
+        manifest: Manifest,
+        *,
+        split: str = "train",
+        seed: int = 0,
+        batch_size: int,
+        rank: int = 0,
+        world_size: int = 1,
+    ) -> None:
+        if batch_size < 1 or batch_size % world_size:
+            raise ConfigError(
+                f"`world_size` must divide the global `batch_size`; got {world_size} and"
+                f" {batch_size}. Use a batch size of {math.ceil(batch_size / world_size)} x"
+                f" {world_size}."
+            )
+        if not 0 <= rank < world_size:
+            raise ConfigError(f"`rank` must lie in 0..{world_size - 1}; got {rank}.")
+        self.sources = {n: s for n, s in manifest.sources.items() if s.count(split)}
+        if not self.sources:
+            raise missing_split(split, list(manifest.sources.values()))
+        for name, source in self.sources.items():
+            if not any(source.tasks.values()):
+                raise DataError(f"Source `{name}` must have task shares; got {source.tasks}.")
+        self.split, self.seed = split, seed
+        self.batch_size, self.rank, self.world_size = batch_size, rank, world_size
+        self.fingerprint = manifest.fingerprint
+        self.next_batch = 0
+        self.readers = {
+            name: ShardReader(source.splits[split], source=name)
+            for name, source in self.sources.items()
+        }
+        weights = {name: source.weight for name, source in self.sources.items()}
+        self._mixture = QuotaOrder(weights, seed=seed, stream="sources")
+        self._tasks = {
+            name: QuotaOrder(source.tasks, seed=seed, stream=f"tasks/{name}")
+            for name, source in self.sources.items()
+        }
+        self._samples = {
+            name: SourceOrder(
+                [shard.count for shard in source.splits[split]], seed=seed, stream=name
+            )
+            for name, source in self.sources.items()
+        }
+        total = sum(source.count(split) for source in self.sources.values())
+        self.slots_per_epoch = math.ceil(total / self._mixture.size) * self._mixture.size
+        self.batches_per_epoch = math.ceil(self.slots_per_epoch / batch_size)
+
+    def __iter__(self) -> Iterator[list[TrainingExample]]:
+        worker = get_worker_info()
+        number, of = (worker.id, worker.num_workers) if worker is not None else (0, 1)
+        first = self.next_batch
+        while True:
+            if (self.next_batch - first) % of == number:
+                batch = self.batch(self.next_batch)
+                self.next_batch += 1
+                yield batch
+            else:
+                self.next_batch += 1
+
+    def batch(self, number: int) -> list[TrainingExample]:
+        """This rank's rows of global batch `number`, counted through all epochs.
+
+        The last batch of an epoch is filled with rows of weight 0.
+        """
+        epoch, place = divmod(number, self.batches_per_epoch)
+        rows = self.batch_size // self.world_size
+        first = place * self.batch_size + self.rank * rows
+        return [self.example(epoch, slot) for slot in range(first, first + rows)]
+
+    def example(self, epoch: int, slot: int) -> TrainingExample:
+        """The example of one slot; slots beyond the epoch repeat it with weight 0.
+
+        Raises:
+            DataError: When the sample is unusable or lacks what its task needs.
+        """
+        is_padding = slot >= self.slots_per_epoch
+        slot %= self.slots_per_epoch
+        name, draw = self._mixture[epoch * self.slots_per_epoch + slot]
+        source = self.sources[name]
+        task, _ = self._tasks[name][draw]
+        index = self._samples[name][draw]
+        record = self.readers[name].record(index)
+        choice, *windows, mask_draw = KeyedDraws(self.seed, "example", epoch, slot).uniforms(4)
+        instruction, text = task_texts(record, task, float(choice), source.caption_weights)
+        return TrainingExample(
+            source=name,
+            split=self.split,
+            index=index,
+            key=record.key,
+            task=task,
+            instruction=instruction,
+            text=text,
+            window_draws=(float(windows[0]), float(windows[1])),
+            mask_draw=float(mask_draw),
+            record=record,
+            weight=0.0 if is_padding else 1.0,
+        )
+
+    def state_dict(self) -> dict[str, Any]:
+        """The position as a small JSON record."""
+        return self.state_at(self.next_batch)
+
+    def state_at(self, next_batch: int) -> dict[str, Any]:
+        """The position before batch `next_batch`: for trainers that count batches themselves."""
+        return {
+            "format": _STATE_FORMAT,
+            "next_batch": next_batch,
+            "seed": self.seed,
+            "split": self.split,
+            "batch_size": self.batch_size,
+            "manifest": self.fingerprint,
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Continue where a state was taken, on any number of ranks.
+
+        Raises:
+            DataError: When the state belongs to another order.
+        """
+        own = self.state_at(0)
+        for name in ("format", "seed", "split", "batch_size", "manifest"):
+            if state.get(name) != own[name]:
+                raise DataError(
+                    f"The reader's `{name}` must be that of the saved state to continue its order;"
+                    f" got {own[name]!r} and {state.get(name)!r}. Resume with the same settings or"
+                    " start a new run."
+                )
+        self.next_batch = int(state["next_batch"])
+
+
+def task_texts(
+    record: Record, task: str, u: float, caption_weights: Mapping[str, Any]
+) -> tuple[str | None, str]:
+    """Instruction and text of a record for a task.
+
+    Args:
+        record: The sample's record.
+        task: A question for `vqa` and `text`, a caption otherwise.
+        u: Uniform number in [0, 1) that picks among them.
+        caption_weights: Weights of the captions by task; evenly where a task has none.
+
+    Raises:
+        DataError: When the record has no questions, or fewer captions than weights.
+    """
+    if task in QUESTION_TASKS:
+        if not record.qa:
+            raise DataError(
+                f"Sample {record.key} of `{record.source}` must have questions for task `{task}`;"
+                " it has none. Take the task out of the source's shares."
+            )
+        asked = record.qa[min(int(u * len(record.qa)), len(record.qa) - 1)]
+        return asked.question, asked.answer
+    weights = caption_weights.get(task) or [1] * len(record.captions)
+    if len(weights) != len(record.captions):
+        raise DataError(
+            f"`caption_weights.{task}` must have one weight for each caption; got {len(weights)} for"
+            f" the {len(record.captions)} captions of sample {record.key}."
+        )
+    return None, record.captions[pick(u, weights)]

@@ -1,0 +1,165 @@
+"""Reading shards: any sample by its number, through the index; explicit decoders only."""
+
+import hashlib
+import os
+from bisect import bisect_right
+from collections.abc import Iterator, Sequence
+from itertools import accumulate
+
+from multimodal_dlm.datasets.indexing import IndexEntry, read_index
+from multimodal_dlm.datasets.manifest import Manifest, ShardFile, Source
+from multimodal_dlm.datasets.schema import Record, Sample
+from multimodal_dlm.errors import DataError
+
+MAX_RECORD_BYTES = 4 * 2**20
+
+
+class ShardReader:
+    """The samples of some shards, numbered through.
+
+    Indexes and files are opened when first needed and read with `pread`, so a reader may be shared
+    with worker processes after a fork and pickled into spawned ones.
+
+    Args:
+        shards: Shards in their order.
+        source: Name of the source, noted in each sample.
+    """
+
+    def __init__(self, shards: Sequence[ShardFile], *, source: str = "") -> None:
+        self.shards = tuple(shards)
+        self.source = source
+        self._ends = list(accumulate(shard.count for shard in self.shards))
+        self._indexes: dict[int, tuple[IndexEntry, ...]] = {}
+        self._files: dict[int, int] = {}
+
+    def __len__(self) -> int:
+        return self._ends[-1] if self._ends else 0
+
+    def __getitem__(self, index: int) -> Sample:
+        """Sample `index`; its picture is decoded when first asked for.
+
+        Raises:
+            DataError: Naming shard and key when the sample is unusable.
+        """
+        shard, entry, where = self._locate(index)
+        extension = entry.image_extension
+        return Sample(
+            record=self._read_record(shard, entry, where),
+            image_bytes=self._read(shard, entry, extension, where) if extension else None,
+            where=where,
+            source=self.source,
+            index=index,
+        )
+
+    def __iter__(self) -> Iterator[Sample]:
+        return (self[index] for index in range(len(self)))
+
+    def __getstate__(self) -> dict[str, object]:
+        return {**self.__dict__, "_files": {}}
+
+    def __del__(self) -> None:
+        for file in getattr(self, "_files", {}).values():
+            os.close(file)
+
+    def record(self, index: int) -> Record:
+        """The record of sample `index`, its picture left alone."""
+        shard, entry, where = self._locate(index)
+        return self._read_record(shard, entry, where)
+
+    def validate(self) -> int:
+        """Check every byte: digests, records, texts, pictures; return the number of samples.
+
+        Raises:
+            DataError: At the first thing that is wrong, naming shard and key.
+        """
+        for shard in self.shards:
+            digest = hashlib.sha256(_existing(shard).path.read_bytes()).hexdigest()
+            if digest != shard.sha256:
+                raise DataError(
+                    f"The SHA-256 of shard {shard.path} must be {shard.sha256}; got {digest}."
+                    " Build or fetch it again."
+                )
+        keys: set[str] = set()
+        for index in range(len(self)):
+            sample = self[index]
+            if sample.key in keys:
+                raise DataError(f"{sample.where}: keys must be unique in a split. Rebuild it.")
+            keys.add(sample.key)
+            shard, entry, where = self._locate(index)
+            text = self._read(shard, entry, "txt", where)
+            if text != sample.record.captions[0].encode():
+                raise DataError(
+                    f"{where}: `.txt` must be the first caption; got {text[:60]!r}. Rebuild it."
+                )
+            if sample.image_bytes is not None and sample.image.ndim != 3:
+                raise DataError(f"{where}: a picture must have three axes.")
+        return len(keys)
+
+    def _locate(self, index: int) -> tuple[int, IndexEntry, str]:
+        if not 0 <= index < len(self):
+            raise IndexError(f"Sample numbers run from 0 to {len(self) - 1}; got {index}.")
+        number = bisect_right(self._ends, index)
+        shard = self.shards[number]
+        if number not in self._indexes:
+            entries = read_index(_existing(shard).path)
+            if len(entries) != shard.count:
+                raise DataError(
+                    f"Shard {shard.path} must hold {shard.count} samples; got {len(entries)}."
+                    " Build or fetch it again."
+                )
+            self._indexes[number] = entries
+        entry = self._indexes[number][index - (self._ends[number] - shard.count)]
+        return number, entry, f"Shard {shard.path.name}, key {entry.key}"
+
+    def _read_record(self, shard: int, entry: IndexEntry, where: str) -> Record:
+        if entry.members["json"][1] > MAX_RECORD_BYTES:
+            raise DataError(f"{where}: a record must have at most {MAX_RECORD_BYTES} bytes.")
+        record = Record.from_json(self._read(shard, entry, "json", where), where)
+        if record.key != entry.key:
+            raise DataError(f"{where}: the record must have the key of its file; got {record.key}.")
+        return record
+
+    def _read(self, shard: int, entry: IndexEntry, extension: str, where: str) -> bytes:
+        if shard not in self._files:
+            self._files[shard] = os.open(self.shards[shard].path, os.O_RDONLY)
+        offset, size = entry.members[extension]
+        data = os.pread(self._files[shard], size, offset)
+        if len(data) != size:
+            raise DataError(f"{where}: `.{extension}` is cut off. Build or fetch the shard again.")
+        return data
+
+
+def iterate_samples(manifest: Manifest | Source, split: str) -> Iterator[Sample]:
+    """All samples of a split in stored order, source by source; each knows its source and number.
+
+    Raises:
+        DataError: When no source has the split, or a sample is unusable.
+    """
+    sources = [manifest] if isinstance(manifest, Source) else list(manifest.sources.values())
+    if not any(source.count(split) for source in sources):
+        raise missing_split(split, sources)
+    for source in sources:
+        yield from ShardReader(source.splits.get(split, ()), source=source.name)
+
+
+def missing_split(split: str, sources: Sequence[Source]) -> DataError:
+    """The error for a split that no source has."""
+    known = sorted({name for source in sources for name in source.splits})
+    listed = ", ".join(f"`{name}`" for name in known) or "none"
+    return DataError(f"No source has samples in split `{split}`. Available: {listed}.")
+
+
+def _existing(shard: ShardFile) -> ShardFile:
+    """Refuse a shard that is missing or of another size than the manifest says."""
+    if not shard.path.is_file():
+        raise DataError(
+            f"Shard {shard.path} does not exist. Build it with `multimodal-dlm data build`, or give"
+            " the folder that holds the datasets as `data_root`."
+        )
+    num_bytes = shard.path.stat().st_size
+    if num_bytes != shard.num_bytes:
+        raise DataError(
+            f"Shard {shard.path} must have {shard.num_bytes} bytes; got {num_bytes}. Build or fetch"
+            " it again."
+        )
+    return shard

@@ -1,0 +1,161 @@
+"""Recipe `easy_vqa`: one coloured shape on a pale background, with questions (Zhou 2020, MIT)."""
+
+from collections import defaultdict
+from collections.abc import Iterator
+from functools import cached_property
+from pathlib import Path
+from types import ModuleType
+
+import numpy as np
+
+from multimodal_dlm.datasets.decoding import decode_image
+from multimodal_dlm.datasets.fetching import SourcePackage
+from multimodal_dlm.datasets.recipes.base import Recipe, register_recipe
+from multimodal_dlm.datasets.sampling import hash_fraction
+from multimodal_dlm.datasets.schema import QuestionAnswer, Record, Sample
+from multimodal_dlm.errors import DataError
+
+VAL_SHARE = 0.05
+SHAPES = ("circle", "rectangle", "triangle")
+COLOURS = ("black", "blue", "brown", "gray", "green", "red", "teal", "yellow")
+_NEGATIONS = {"not", "no"}
+
+
+@register_recipe
+class EasyVqaRecipe(Recipe):
+    """The packaged pictures and questions; the official test split, and 5 % of train as val."""
+
+    name = "easy_vqa"
+    packages = (
+        SourcePackage(
+            "easy-vqa", "1.0", "pypi", "MIT", "Victor Zhou, https://github.com/vzhou842/easy-VQA"
+        ),
+    )
+    splits = ("train", "val", "test")
+    caption_templates = ("a {colour} {shape} on a pale background",)
+    weight = 20
+    tasks = {
+        "vqa": 50,
+        "caption": 20,
+        "text_to_image": 25,
+        "unconditional_image": 3,
+        "unconditional_text": 2,
+    }
+
+    @cached_property
+    def _pictures(self) -> dict[str, list[tuple[int, Path]]]:
+        package = _package()
+        train = sorted(package.get_train_image_paths().items(), key=_shuffled)
+        is_val = {number: hash_fraction("easy-vqa val", number) < VAL_SHARE for number, _ in train}
+        return {
+            "train": [(n, Path(path)) for n, path in train if not is_val[n]],
+            "val": [(n, Path(path)) for n, path in train if is_val[n]],
+            "test": [
+                (n, Path(path))
+                for n, path in sorted(package.get_test_image_paths().items(), key=_shuffled)
+            ],
+        }
+
+    @cached_property
+    def _questions(self) -> dict[str, dict[int, list[QuestionAnswer]]]:
+        package = _package()
+        found = {}
+        for split, rows in (
+            ("train", package.get_train_questions()),
+            ("test", package.get_test_questions()),
+        ):
+            by_picture: dict[int, list[QuestionAnswer]] = defaultdict(list)
+            for question, answer, number in zip(*rows, strict=True):
+                by_picture[number].append(QuestionAnswer(question, answer, question_type(answer)))
+            found[split] = by_picture
+        return found
+
+    @cached_property
+    def _palette(self) -> dict[str, np.ndarray]:
+        """Mean pixel of each colour, over training pictures whose questions settle the colour."""
+        seen: dict[str, list[np.ndarray]] = defaultdict(list)
+        for number, path in self._pictures["train"]:
+            colour = deduce(self._questions["train"][number], COLOURS)
+            if colour is not None:
+                seen[colour].append(_shape_pixel(path))
+        return {colour: np.median(pixels, axis=0) for colour, pixels in seen.items()}
+
+    def count(self, split: str) -> int:
+        """One sample for each picture."""
+        return len(self._pictures[split])
+
+    def samples(self, split: str) -> Iterator[Sample]:
+        """Pictures as published, with all their questions."""
+        origin = "test" if split == "test" else "train"
+        for number, path in self._pictures[split]:
+            questions = self._questions[origin][number]
+            colour = deduce(questions, COLOURS) or self._nearest_colour(path)
+            shape = deduce(questions, SHAPES) or "shape"
+            record = Record(
+                key=f"{origin}-{number:05d}",
+                source="easy_vqa",
+                split=split,
+                license="MIT",
+                captions=(f"a {colour} {shape} on a pale background",),
+                qa=tuple(questions),
+                meta={
+                    "color": colour,
+                    "shape": shape,
+                    "package": "easy-vqa@1.0",
+                    "credit": self.packages[0].credit,
+                },
+            )
+            yield Sample(record, path.read_bytes())
+
+    def _nearest_colour(self, path: Path) -> str:
+        pixel = _shape_pixel(path)
+        return min(self._palette, key=lambda c: float(np.abs(self._palette[c] - pixel).sum()))
+
+
+def question_type(answer: str) -> str:
+    """`shape`, `color` or `yes_no`, by the answer."""
+    if answer in SHAPES:
+        return "shape"
+    return "color" if answer in COLOURS else "yes_no"
+
+
+def deduce(questions: list[QuestionAnswer], words: tuple[str, ...]) -> str | None:
+    """The word among `words` that a picture's own questions settle; None when they do not."""
+    left = set(words)
+    for asked in questions:
+        named = [word for word in words if word in asked.question.rstrip("?").split()]
+        if asked.answer in words:
+            return asked.answer
+        if asked.answer not in ("yes", "no"):
+            # `what is the blue shape?` tells the colour, `what color is the circle?` the shape.
+            if named:
+                return named[0]
+            continue
+        is_negated = bool(_NEGATIONS & set(asked.question.split()))
+        if len(named) == 1 and (asked.answer == "yes") != is_negated:
+            return named[0]
+        left -= set(named)
+    return left.pop() if len(left) == 1 else None
+
+
+def _shape_pixel(path: Path) -> np.ndarray:
+    """Colour of the shape: the most frequent pixel that is not the background's."""
+    pixels = decode_image(path.read_bytes(), str(path)).reshape(-1, 3)
+    colours, counts = np.unique(pixels, axis=0, return_counts=True)
+    order = [i for i in np.argsort(-counts) if not np.array_equal(colours[i], pixels[0])]
+    return colours[order[0]].astype(np.float64)
+
+
+def _shuffled(item: tuple[int, str]) -> float:
+    return hash_fraction("easy-vqa order", item[0])
+
+
+def _package() -> ModuleType:
+    try:
+        import easy_vqa
+    except ModuleNotFoundError as error:
+        raise DataError(
+            "Recipe `easy_vqa` needs the package `easy-vqa`, which is not installed. Run"
+            " `pip install 'multimodal-dlm[data]'`."
+        ) from error
+    return easy_vqa

@@ -1,0 +1,171 @@
+"""What one sample is: a record, usually a picture, and the rules both must keep.
+
+In a shard a sample is `<key>.png` (or jpg, webp; absent for text-only sources), `<key>.json` (the
+record) and `<key>.txt` (the first caption, for other readers).
+"""
+
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+
+from multimodal_dlm.datasets.decoding import decode_image
+from multimodal_dlm.errors import DataError
+
+KEY_RULE = re.compile(r"[a-z0-9][a-z0-9_-]{0,127}")
+IMAGE_EXTENSIONS = ("png", "jpg", "webp")
+MAX_TEXT_CHARACTERS = 4096
+MAX_TEXTS = 256
+
+
+@dataclass(frozen=True)
+class QuestionAnswer:
+    """A question about the sample with its closed-form answer.
+
+    Args:
+        question: Text of the question.
+        answer: Text of the answer.
+        type: Kind of question, for accuracies by kind, such as `count` or `is_there`.
+    """
+
+    question: str
+    answer: str
+    type: str
+
+
+@dataclass(frozen=True)
+class Record:
+    """The words and the provenance of a sample: the content of `<key>.json`.
+
+    Args:
+        key: Unique in its source; lower-case letters, digits, `-` and `_`.
+        source: Name of the source, such as `emoji`.
+        split: Name of the split it belongs to.
+        license: SPDX expression of the sample.
+        captions: At least one caption; the place in the tuple says which template it came from.
+        qa: Questions with answers.
+        meta: JSON values that describe the sample: concept, style, package and version, ...
+    """
+
+    key: str
+    source: str
+    split: str
+    license: str
+    captions: tuple[str, ...]
+    qa: tuple[QuestionAnswer, ...] = ()
+    meta: Mapping[str, Any] = field(default_factory=dict)
+
+    def to_json(self) -> bytes:
+        """The record as canonical JSON bytes."""
+        content = {
+            "key": self.key,
+            "source": self.source,
+            "split": self.split,
+            "license": self.license,
+            "captions": list(self.captions),
+            "qa": [{"question": q.question, "answer": q.answer, "type": q.type} for q in self.qa],
+            "meta": dict(self.meta),
+        }
+        return json.dumps(content, ensure_ascii=False, sort_keys=True).encode()
+
+    @classmethod
+    def from_json(cls, data: bytes, where: str) -> "Record":
+        """Read and validate a record.
+
+        Args:
+            data: Bytes of the json member.
+            where: Shard and key, for the error message.
+
+        Raises:
+            DataError: When the bytes are no valid record.
+        """
+        try:
+            content = json.loads(data)
+            record = cls(
+                key=content["key"],
+                source=content["source"],
+                split=content["split"],
+                license=content["license"],
+                captions=tuple(content["captions"]),
+                qa=tuple(
+                    QuestionAnswer(q["question"], q["answer"], q["type"])
+                    for q in content.get("qa", ())
+                ),
+                meta=content.get("meta", {}),
+            )
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
+            raise DataError(
+                f"The record of {where} must be JSON with key, source, split, license and captions;"
+                f" got {type(error).__name__}: {error}. Rebuild the shard."
+            ) from error
+        record.validate(where)
+        return record
+
+    def validate(self, where: str) -> None:
+        """Check every rule of the record.
+
+        Raises:
+            DataError: Naming the place and the rule that is broken.
+        """
+
+        def fail(rule: str, value: object) -> None:
+            raise DataError(f"{where}: {rule}; got {value!r}. Rebuild the shard.")
+
+        if not isinstance(self.key, str) or not KEY_RULE.fullmatch(self.key):
+            fail("`key` must be lower-case letters, digits, `-` and `_`", self.key)
+        for name in ("source", "split", "license"):
+            value = getattr(self, name)
+            if not isinstance(value, str) or not value:
+                fail(f"`{name}` must be a text that is not empty", value)
+        if not 1 <= len(self.captions) <= MAX_TEXTS:
+            fail(f"`captions` must hold 1 to {MAX_TEXTS} texts", len(self.captions))
+        if len(self.qa) > MAX_TEXTS:
+            fail(f"`qa` must hold at most {MAX_TEXTS} questions", len(self.qa))
+        texts = [*self.captions, *(part for q in self.qa for part in (q.question, q.answer, q.type))]
+        for text in texts:
+            if not isinstance(text, str) or not 0 < len(text) <= MAX_TEXT_CHARACTERS:
+                fail(f"texts must have 1 to {MAX_TEXT_CHARACTERS} characters", text)
+        if not isinstance(self.meta, Mapping):
+            fail("`meta` must be a mapping", self.meta)
+
+
+@dataclass(frozen=True)
+class Sample:
+    """A record and the bytes of its picture, which are decoded when first asked for.
+
+    Args:
+        record: The words and the provenance.
+        image_bytes: Encoded picture; None for a text-only sample.
+        where: Shard and key, for error messages.
+        source: Name of the source in the manifest.
+        index: Place of the sample in its source's split, 0-based.
+    """
+
+    record: Record
+    image_bytes: bytes | None = None
+    where: str = ""
+    source: str = ""
+    index: int = 0
+
+    @property
+    def key(self) -> str:
+        """Key of the record."""
+        return self.record.key
+
+    @cached_property
+    def image(self) -> np.ndarray:
+        """The picture, uint8 (height, width, 3).
+
+        Raises:
+            DataError: When the sample has no picture or its bytes are not a permitted one.
+        """
+        if self.image_bytes is None:
+            raise DataError(
+                f"{self.where or self.key} has no picture. Give text-only sources tasks without"
+                " pictures only."
+            )
+        return decode_image(self.image_bytes, self.where or self.key)
