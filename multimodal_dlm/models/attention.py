@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from multimodal_dlm.errors import BackendError, unknown_name
 from multimodal_dlm.models.attention_plan import AttentionPlan
-from multimodal_dlm.models.fused import RotaryAttention, use_fused
+from multimodal_dlm.models.fused import RotaryAttention, use_fused, wide_linear
 from multimodal_dlm.models.kv_cache import PrefixCache
 from multimodal_dlm.models.positions import Rotary, apply_rotary
 
@@ -86,10 +86,11 @@ class UnifiedAttnProcessor:
         kv_cache: PrefixCache | None,
     ) -> Float[Tensor, "batch length width"]:
         """Queries of `hidden_states` against its own keys, and the cached ones if there are any."""
-        qkv = attn.to_qkv(hidden_states)
+        qkv = wide_linear(attn.to_qkv, hidden_states)
         backend = self.choose(qkv, plan, kv_cache)
-        if backend == "eager" and kv_cache is None and attn.is_plain and use_fused(qkv):
-            parts = qkv.view(*qkv.shape[:2], 3, attn.num_heads, attn.head_dim)
+        is_plain = kv_cache is None and attn.is_plain and rotary.cos.shape[-1] == attn.head_dim
+        if backend == "eager" and is_plain and use_fused(qkv):
+            parts = qkv.view(*qkv.shape[:2], -1, attn.head_dim)
             out = RotaryAttention.apply(parts, rotary.cos, rotary.sin, plan.bias(qkv.dtype))
             return attn.to_out(out)
         query, key, value = attn.split_heads(qkv)

@@ -8,7 +8,7 @@ because the CPU has no fused backward for RMSNorm and accumulates embedding grad
 
 import torch
 from jaxtyping import Float, Int
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd import Function
 from torch.autograd.function import FunctionCtx
 
@@ -23,6 +23,11 @@ def use_fused(hidden_states: Tensor) -> bool:
     )
 
 
+def _pick(table: Tensor, rows: Tensor) -> Tensor:
+    """`table[rows]` with the kernel that copies whole rows."""
+    return table.index_select(0, rows)
+
+
 class NormModulate(Function):
     """x / rms(x) x factor[row] + shift[row], each token with its own row of two small tables."""
 
@@ -33,18 +38,18 @@ class NormModulate(Function):
         factor: Float[Tensor, "rows width"],
         shift: Float[Tensor, "rows width"] | None,
         rows: Int[Tensor, " tokens"] | None,
-        one_hot: Float[Tensor, "tokens rows"] | None,
+        one_hot: Float[Tensor, "rows tokens"] | None,
         eps: float,
     ) -> Float[Tensor, "tokens width"]:
         """`rows`, `one_hot` and `shift` are None together: one row for all tokens, no shift."""
-        norm = torch.linalg.vector_norm(hidden_states, dim=-1, keepdim=True, dtype=torch.float32)
+        norm = torch.linalg.vector_norm(hidden_states, dim=-1, keepdim=True).float()
         scale = norm.square_().div_(hidden_states.shape[-1]).add_(eps).rsqrt_()
-        normed = torch.empty_like(hidden_states)
-        torch.mul(hidden_states, scale, out=normed)
+        scale = scale.to(hidden_states.dtype)
+        normed = hidden_states * scale
         ctx.save_for_backward(normed, scale, factor, rows, one_hot)
         if rows is None or shift is None:
             return normed * factor
-        return torch.addcmul(shift[rows], normed, factor[rows])
+        return torch.addcmul(_pick(shift, rows), normed, _pick(factor, rows))
 
     @staticmethod
     def backward(ctx: FunctionCtx, grad: Tensor) -> tuple[Tensor | None, ...]:
@@ -57,12 +62,10 @@ class NormModulate(Function):
             grad_factor = ones @ product
             gained = grad * factor
         else:
-            grad_factor, grad_shift = one_hot.t() @ product, one_hot.t() @ grad
-            gained = grad * factor[rows]
+            grad_factor, grad_shift = one_hot @ product, one_hot @ grad
+            gained = grad * _pick(factor, rows)
         mean = torch.linalg.vecdot(gained, normed).unsqueeze(-1).div_(-normed.shape[-1])
-        grad_hidden = gained.addcmul_(normed, mean)
-        torch.mul(grad_hidden, scale, out=grad_hidden)
-        return grad_hidden, grad_factor, grad_shift, None, None, None
+        return gained.addcmul_(normed, mean).mul_(scale), grad_factor, grad_shift, None, None, None
 
 
 class GatedAdd(Function):
@@ -75,18 +78,18 @@ class GatedAdd(Function):
         update: Float[Tensor, "tokens width"],
         gate: Float[Tensor, "rows width"],
         rows: Int[Tensor, " tokens"],
-        one_hot: Float[Tensor, "tokens rows"],
+        one_hot: Float[Tensor, "rows tokens"],
     ) -> Float[Tensor, "tokens width"]:
         """One pass."""
         ctx.save_for_backward(update, gate, rows, one_hot)
-        return torch.addcmul(hidden_states, update, gate[rows])
+        return torch.addcmul(hidden_states, update, _pick(gate, rows))
 
     @staticmethod
     def backward(ctx: FunctionCtx, grad: Tensor) -> tuple[Tensor | None, ...]:
         """The table's gradient is a matrix product: accumulated in float32, not row by row."""
         update, gate, rows, one_hot = ctx.saved_tensors
-        grad_gate = one_hot.t() @ (grad * update)
-        return grad, grad * gate[rows], grad_gate, None, None
+        grad_gate = one_hot @ (grad * update)
+        return grad, grad * _pick(gate, rows), grad_gate, None, None
 
 
 class GatedUnit(Function):
@@ -112,15 +115,20 @@ class GatedUnit(Function):
         return result
 
 
-def _rotate(source: Tensor, cos: Tensor, sin: Tensor, out: Tensor) -> None:
-    """Write rotary(source) into `out`; dimensions beyond the tables are copied."""
-    dim = cos.shape[-1]
-    half = dim // 2
-    torch.mul(source[..., :dim], cos, out=out[..., :dim])
-    out[..., :half].addcmul_(source[..., half:dim], sin[..., :half])
-    out[..., half:dim].addcmul_(source[..., :half], sin[..., half:])
-    if dim < source.shape[-1]:
-        out[..., dim:].copy_(source[..., dim:])
+def _copy_heads(target: Tensor, source: Tensor) -> Tensor:
+    """Copy between head layouts, four bf16 values at a time where heads allow it."""
+    if source.element_size() == 2 and source.shape[-1] % 4 == 0:
+        target.view(torch.int64).copy_(source.view(torch.int64))
+    else:
+        target.copy_(source)
+    return target
+
+
+def _rotate_(heads: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Turn (batch, length, heads, dim) in place by the tables (batch, length, 1, dim)."""
+    half = cos.shape[-1] // 2
+    swapped = torch.cat([heads[..., half:], heads[..., :half]], dim=-1)
+    return heads.mul_(cos).addcmul_(swapped, sin)
 
 
 class RotaryAttention(Function):
@@ -132,48 +140,102 @@ class RotaryAttention(Function):
     @staticmethod
     def forward(
         ctx: FunctionCtx,
-        qkv: Float[Tensor, "batch length three heads dim"],
-        cos: Float[Tensor, "batch length rotary"],
-        sin: Float[Tensor, "batch length rotary"],
+        qkv: Float[Tensor, "batch length three_heads dim"],
+        cos: Float[Tensor, "batch length dim"],
+        sin: Float[Tensor, "batch length dim"],
         bias: Float[Tensor, "batch 1 length length"] | None,
     ) -> Float[Tensor, "batch length width"]:
-        """Heads are laid out (batch x heads, length, dim) once."""
-        batch, length, _, heads, dim = qkv.shape
-        cos, sin = cos.unsqueeze(1), sin.unsqueeze(1)
-        turned = qkv.new_empty(2, batch, heads, length, dim)
-        parts = qkv.permute(2, 0, 3, 1, 4)
-        _rotate(parts[:2], cos, sin, turned)
-        query, key = turned.view(2, batch * heads, length, dim)
-        value = parts[2].reshape(batch * heads, length, dim)
-        scale = dim**-0.5
+        """Heads are laid out (three, batch x heads, length, dim) once."""
+        batch, length, three_heads, dim = qkv.shape
+        heads = three_heads // 3
+        cos, sin = cos.unsqueeze(2), sin.unsqueeze(2)
+        half = dim // 2
+        queries_keys = qkv[:, :, : 2 * heads]
+        swapped = torch.cat([queries_keys[..., half:], queries_keys[..., :half]], dim=-1)
+        turned = (queries_keys * cos).addcmul_(swapped, sin)
+        parts = qkv.new_empty(3, batch, heads, length, dim)
+        _copy_heads(parts[:2], turned.view(batch, length, 2, heads, dim).permute(2, 0, 3, 1, 4))
+        _copy_heads(parts[2], qkv[:, :, 2 * heads :].transpose(1, 2))
+        query, key, value = parts.view(3, batch * heads, length, dim)
         if bias is None:
-            scores = torch.bmm(query, key.transpose(1, 2)).mul_(scale)
+            scores = torch.baddbmm(query.new_zeros(1), query, key.mT, beta=0, alpha=dim**-0.5)
         else:
             start = bias.expand(-1, heads, -1, -1).reshape(batch * heads, length, length)
-            scores = start.baddbmm_(query, key.transpose(1, 2), alpha=scale)
+            scores = torch.baddbmm(start, query, key.mT, alpha=dim**-0.5)
         weights = torch.softmax(scores, dim=-1)
         ctx.save_for_backward(query, key, value, weights, cos, sin)
-        out = torch.bmm(weights, value).view(batch, heads, length, dim)
-        return out.transpose(1, 2).reshape(batch, length, heads * dim)
+        out = torch.bmm(weights, value).view(batch, heads, length, dim).transpose(1, 2)
+        return _copy_heads(qkv.new_empty(batch, length, heads, dim), out).flatten(2)
 
     @staticmethod
     def backward(ctx: FunctionCtx, grad: Tensor) -> tuple[Tensor | None, ...]:
         """With dS = P x (dP - rowsum(dP x P)); the rotary is undone by the opposite angle."""
         query, key, value, weights, cos, sin = ctx.saved_tensors
         batch, length = grad.shape[:2]
-        dim = query.shape[-1]
+        dim, scale = query.shape[-1], query.shape[-1] ** -0.5
         heads = query.shape[0] // batch
-        grad = grad.view(batch, length, heads, dim).transpose(1, 2).reshape(-1, length, dim)
-        grad_weights = torch.bmm(grad, value.transpose(1, 2))
+        by_head = (batch, heads, length, dim)
+        grad = grad.reshape(batch, length, heads, dim).transpose(1, 2)
+        grad = _copy_heads(query.new_empty(by_head), grad).view_as(query)
+        grad_weights = torch.bmm(grad, value.mT)
         grad_scores = torch.ops.aten._softmax_backward_data(
             grad_weights, weights, -1, weights.dtype
-        ).mul_(dim**-0.5)
-        turned = query.new_empty(2, batch * heads, length, dim)
-        torch.bmm(grad_scores, key, out=turned[0])
-        torch.bmm(grad_scores.transpose(1, 2), query, out=turned[1])
+        )
         result = query.new_empty(batch, length, 3, heads, dim)
         parts = result.permute(2, 0, 3, 1, 4)
-        _rotate(turned.view(2, batch, heads, length, dim), cos, -sin, parts[:2])
-        grad_value = torch.bmm(weights.transpose(1, 2), grad)
-        parts[2].copy_(grad_value.view(batch, heads, length, dim))
+        _copy_heads(parts[0], torch.bmm(grad_scores, key).view(by_head))
+        _copy_heads(parts[1], torch.bmm(grad_scores.mT, query).view(by_head))
+        _copy_heads(parts[2], torch.bmm(weights.mT, grad).view(by_head))
+        result = result.view(batch, length, 3 * heads, dim)
+        _rotate_(result[:, :, : 2 * heads], cos * scale, sin * -scale)
         return result, None, None, None
+
+
+class WideLinear(Function):
+    """x W^T, whose weight gradient transposes the narrow factor first.
+
+    oneDNN multiplies a transposed tall bf16 matrix at half the rate of a contiguous one.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: FunctionCtx, inputs: Float[Tensor, "tokens inner"], weight: Float[Tensor, "out inner"]
+    ) -> Float[Tensor, "tokens out"]:
+        """`weight` may be float32; it is cast to the dtype of `inputs`."""
+        low = weight.to(inputs.dtype)
+        ctx.save_for_backward(inputs, low)
+        ctx.weight_dtype = weight.dtype  # type: ignore[attr-defined]
+        return inputs @ low.t()
+
+    @staticmethod
+    def backward(ctx: FunctionCtx, grad: Tensor) -> tuple[Tensor, Tensor]:
+        """Gradients of inputs and weight."""
+        inputs, low = ctx.saved_tensors
+        if inputs.shape[1] <= grad.shape[1]:
+            grad_weight = (inputs.t().contiguous() @ grad).t()
+        else:
+            grad_weight = grad.t().contiguous() @ inputs
+        dtype = ctx.weight_dtype  # type: ignore[attr-defined]
+        result = torch.empty(low.shape, dtype=dtype, device=low.device).copy_(grad_weight)
+        return grad @ low, result
+
+
+def wide_linear(layer: nn.Module, inputs: Tensor) -> Tensor:
+    """`layer(inputs)`, through `WideLinear` where that is the same and pays.
+
+    Adapters, quantised weights and hooks keep the layer's own forward.
+    """
+    if (
+        type(layer) is nn.Linear
+        and layer.bias is None
+        and use_fused(inputs)
+        and type(layer.weight) is nn.Parameter
+        and layer.weight.requires_grad
+        and layer.weight.is_floating_point()
+        and "forward" not in layer.__dict__
+        and not layer._forward_hooks
+        and not layer._forward_pre_hooks
+    ):
+        out = WideLinear.apply(inputs.reshape(-1, inputs.shape[-1]), layer.weight)
+        return out.view(*inputs.shape[:-1], -1)
+    return layer(inputs)

@@ -47,10 +47,10 @@ class Modulation:
         return self.rows.flatten()
 
     @cached_property
-    def one_hot(self) -> Float[Tensor, "tokens rows"]:
+    def one_hot(self) -> Float[Tensor, "rows tokens"]:
         """bf16 indicator of each token's row: a table's gradient is one product with it."""
         columns = torch.arange(self.features.shape[0], device=self.rows.device)
-        return (self.flat_rows[:, None] == columns).to(torch.bfloat16)
+        return (columns[:, None] == self.flat_rows).to(torch.bfloat16)
 
 
 class NoiseConditioning(nn.Module):

@@ -1,0 +1,183 @@
+"""Tokens a second and matmul utilisation of one CPU training step of a preset.
+
+utilisation = matmul FLOPs the step really executes (torch.utils.flop_counter, forward, backward and
+head) / step time / rate of a 6144 x 384 x 1536 bf16 matmul measured between the steps of this run.
+The step: noise levels and masks of a mixed batch, forward, cross-entropy at the masked positions,
+backward, clipping, fused AdamW; bf16 autocast.
+
+    OMP_NUM_THREADS=2 python benchmarks/training_step.py --json out/training_step.json
+"""
+
+import argparse
+import json
+import platform
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
+
+from multimodal_dlm.models.attention_plan import AttentionPlan
+from multimodal_dlm.models.memory import keep_freed_memory
+from multimodal_dlm.models.presets import get_preset
+from multimodal_dlm.models.transformer import UnifiedTransformerModel
+from multimodal_dlm.vocabulary import UnifiedVocabulary
+
+MATMUL = (6144, 384, 1536)
+COLUMNS = {"text": 2048, "image": 2560}
+MASKED_PER_ROW = 30
+
+
+def make_model(preset: str, options: dict[str, Any]) -> UnifiedTransformerModel:
+    """A model of the released vocabulary's size."""
+    vocabulary = UnifiedVocabulary.build(
+        segments={"text": [("text", COLUMNS["text"])], "image": [("image.0", COLUMNS["image"])]}
+    )
+    torch.manual_seed(0)
+    return UnifiedTransformerModel(
+        vocabulary=vocabulary.to_dict(), **{**get_preset(preset), **options}
+    )
+
+
+def make_batch(model: UnifiedTransformerModel, rows: int, length: int) -> dict[str, Any]:
+    """Random rows: a third each of image-after-text, text-after-image and joint; some padding."""
+    generator = torch.Generator().manual_seed(0)
+    shape = (rows, length)
+    boundary = length * 2 // 3
+    order = torch.zeros(shape, dtype=torch.long)
+    order[0::3, :boundary] = 1
+    order[1::3, boundary:] = 1
+    is_padding = torch.zeros(shape, dtype=torch.bool)
+    is_padding[::4, -length // 12 :] = True
+    share = torch.randint(1, 65, (rows, 1), generator=generator) / 64
+    is_masked = torch.rand(shape, generator=generator) < MASKED_PER_ROW / length
+    targets: dict[str, tuple[Tensor, Tensor]] = {}
+    for modality, columns in COLUMNS.items():
+        part = torch.zeros(shape, dtype=torch.bool)
+        part[:, :boundary] = modality == "image"
+        part[:, boundary:] = modality == "text"
+        index = (is_masked & part & ~is_padding).flatten().nonzero().flatten()
+        targets[modality] = index, torch.randint(columns, index.shape, generator=generator)
+    return {
+        "inputs": {
+            "input_ids": torch.randint(model.vocabulary.vocab_size, shape, generator=generator),
+            "noise_levels": share * is_masked,
+            "position_ids": torch.randint(32, (*shape, 3), generator=generator),
+            "attention_plan": AttentionPlan.build(order=order, is_padding=is_padding),
+        },
+        "targets": targets,
+    }
+
+
+def make_step(model: UnifiedTransformerModel, batch: dict[str, Any]) -> Callable[[], float]:
+    """One whole optimizer step."""
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-4, fused=True)
+
+    def step() -> float:
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            states = model(**batch["inputs"]).hidden_states.flatten(0, 1)
+            losses = []
+            for modality, (index, target) in batch["targets"].items():
+                logits = model.compute_logits(states.index_select(0, index), modality)
+                losses.append(F.cross_entropy(logits.float(), target, reduction="sum"))
+            loss = torch.stack(losses).sum() / sum(len(t) for _, t in batch["targets"].values())
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        return loss.item()
+
+    return step
+
+
+def time_call(function: Callable[[], Any]) -> float:
+    """Wall seconds of one call."""
+    start = time.perf_counter()
+    function()
+    return time.perf_counter() - start
+
+
+def measure(args: argparse.Namespace) -> dict[str, Any]:
+    """Run the steps with matmuls in between."""
+    keep_freed_memory()
+    model = make_model(args.preset, {"noise_conditioning": args.noise_conditioning})
+    step = make_step(model, make_batch(model, args.rows, args.length))
+    with FlopCounterMode(display=False) as counter:
+        step()
+    flops = counter.get_total_flops()
+    rows, inner, columns = MATMUL
+    left, right = torch.randn(rows, inner).bfloat16(), torch.randn(inner, columns).bfloat16()
+    for _ in range(2):
+        step()
+        left @ right
+    steps, matmuls = [], []
+    for _ in range(args.steps):
+        steps.append(time_call(step))
+        matmuls += [time_call(lambda: left @ right) for _ in range(10)]
+    seconds, matmul = statistics.median(steps), statistics.median(matmuls)
+    rate = 2 * rows * inner * columns / matmul
+    return {
+        "utilisation": round(flops / seconds / rate, 4),
+        "tokens_per_second": round(args.rows * args.length / seconds, 1),
+        "step_seconds": {"median": round(seconds, 4), "all": [round(s, 4) for s in steps]},
+        "matmul_flops_per_step": flops,
+        "matmul_gflops_per_second": {
+            "median": round(rate / 1e9, 1),
+            "fastest": round(2 * rows * inner * columns / min(matmuls) / 1e9, 1),
+        },
+        "config": {
+            "preset": args.preset,
+            "noise_conditioning": args.noise_conditioning,
+            "rows": args.rows,
+            "length": args.length,
+            "steps": args.steps,
+            "parameters": sum(weight.numel() for weight in model.parameters()),
+            "dtype": "bfloat16 autocast",
+            "matmul": list(MATMUL),
+        },
+        "machine": {
+            "cpu": _cpu_name(),
+            "threads": torch.get_num_threads(),
+            "capability": torch.backends.cpu.get_cpu_capability(),
+            "amx": torch.cpu._is_amx_tile_supported(),
+        },
+        "versions": {
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "diffusers": diffusers.__version__,
+        },
+    }
+
+
+def _cpu_name() -> str:
+    path = Path("/proc/cpuinfo")
+    lines = path.read_text().splitlines() if path.exists() else []
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor()
+
+
+def main() -> None:
+    """Parse options, measure, write the report."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--preset", default="small")
+    parser.add_argument("--noise-conditioning", default="ada_norm_single")
+    parser.add_argument("--rows", type=int, default=64)
+    parser.add_argument("--length", type=int, default=96)
+    parser.add_argument("--steps", type=int, default=10)
+    parser.add_argument("--json", type=Path, help="file to write the report to")
+    args = parser.parse_args()
+    text = json.dumps(measure(args), indent=2)
+    if args.json is not None:
+        args.json.parent.mkdir(parents=True, exist_ok=True)
+        args.json.write_text(text + "\n")
+    print(text)
+
+
+if __name__ == "__main__":
+    main()
