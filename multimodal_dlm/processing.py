@@ -280,7 +280,8 @@ class UnifiedProcessor:
                 self._codes_to_ids(np.asarray(level), index)
                 for index, level in enumerate(row.codes)
             ]
-        needs_image = row.task != "text"
+        takes_none = row.task == "unconditional_text" and picture is None
+        needs_image = row.task != "text" and not takes_none
         if needs_image != (picture is not None):
             raise ConfigError(
                 f"Task `{row.task}` {'needs' if needs_image else 'has no place for'} image `codes`;"
@@ -290,7 +291,7 @@ class UnifiedProcessor:
             return self._training_image_row(row, picture or [])
         window = self._window(row.text or "", row.window_draws)
         built = self._text_row(picture, row.instruction, window)
-        if row.task == "unconditional_text":
+        if row.task == "unconditional_text" and picture is not None:
             for index in self.image_windows:
                 built.ids[index] = np.full_like(
                     built.ids[index], self.vocabulary.mask_token_id("image")
