@@ -23,6 +23,7 @@ COMPONENTS = ("transformer", "scheduler", "tokenizer", "image_tokenizer")
 HUB_OPTIONS = ("revision", "token", "cache_dir", "force_download", "local_files_only")
 _LOAD_OPTIONS = ("dtype", "torch_dtype", "device_map", "max_memory", "variant", "low_cpu_mem_usage")
 _REFUSED = ("trust_remote_code", "custom_pipeline", "use_onnx", "use_flashpack")
+_ORIGIN = ("_name_or_path", "name_or_path", "is_local", "local_files_only")
 _LIBRARIES = ("multimodal_dlm", "transformers", "diffusers")
 
 
@@ -95,6 +96,7 @@ class SharingMixin:
         super().save_pretrained(  # type: ignore[misc]
             str(folder), variant=variant, max_shard_size=max_shard_size
         )
+        forget_origin(folder)
         if card is not None:
             self.card = card
         self.card.save(folder)
@@ -176,6 +178,16 @@ def upload(
         create_pr=create_pr,
     )
     return str(commit.commit_url)
+
+
+def forget_origin(folder: Path) -> None:
+    """Remove from saved configs where on this machine the components were loaded from."""
+    for path in (*folder.glob("*.json"), *folder.glob("*/*config.json")):
+        values = json.loads(path.read_text(encoding="utf-8"))
+        kept = {name: value for name, value in values.items() if name not in _ORIGIN}
+        if len(kept) < len(values):
+            text = json.dumps(kept, indent=2, sort_keys=True, ensure_ascii=False)
+            path.write_text(text + "\n", encoding="utf-8")
 
 
 def is_path(name: str | Path) -> bool:

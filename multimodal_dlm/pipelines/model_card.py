@@ -235,9 +235,10 @@ def _vocabulary(pipeline: Any) -> str:
         ("segment", "modality", "first id", "last id", "ids"),
         [(f"`{s.name}`", s.modality or "-", s.offset, s.stop - 1, s.size) for s in segments],
     )
-    special = [(f"`{name}`", value, "special") for name, value in vocabulary.special_ids.items()]
-    states = [(f"`{state.name}`", state.id, "mask state") for state in vocabulary.states]
-    prints = [(name, f"`{value}`") for name, value in vocabulary.fingerprints.items()]
+    tokens = [(f"`{name}`", value, "special") for name, value in vocabulary.special_ids.items()]
+    tokens += [(f"`{state.name}`", state.id, "mask state") for state in vocabulary.states]
+    tokens.sort(key=lambda token: token[1])
+    prints = [(name, f"`{value}`") for name, value in sorted(vocabulary.fingerprints.items())]
     prints.append(("whole layout", f"`{vocabulary.fingerprint}`"))
     grids = ", ".join(f"{h} x {w}" for h, w in pipeline.processor.image_grids)
     layout = pipeline.processor.layout
@@ -246,7 +247,7 @@ def _vocabulary(pipeline: Any) -> str:
         f" ({pipeline.image_size} x {pipeline.image_size} pixels); longest text:"
         f" {layout['max_window']['text']} tokens; attention: {layout['condition_attention']}."
     )
-    tables = (ranges, _table(("token", "id", "kind"), special + states))
+    tables = (ranges, _table(("token", "id", "kind"), tokens))
     return "\n\n".join([text, *tables, _table(("tokenizer", "fingerprint (sha256)"), prints)])
 
 
@@ -269,7 +270,7 @@ def _sampler(pipeline: Any) -> str:
     scheduler = pipeline.scheduler
     rows = [
         (modality, f"`{name}`", value)
-        for modality, options in scheduler.config["modalities"].items()
+        for modality, options in sorted(scheduler.config["modalities"].items())
         for name, value in options.items()
         if value not in (None, {})
     ]

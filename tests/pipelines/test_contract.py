@@ -16,6 +16,7 @@ from multimodal_dlm.pipelines import (
     load_pipeline,
 )
 from multimodal_dlm.schedulers import AbsorbingAncestralScheduler, ConfidenceScheduler
+from multimodal_dlm.tokenizers.text import train_text_tokenizer
 from tests.pipelines.registry import CASES, Case, plain, same
 from tests.pipelines.tiny import seeded, tiny_components
 
@@ -256,10 +257,14 @@ def test_prefix_cache_changes_no_id(case, condition_attention):
 
 
 def test_other_text_tokenizer_is_refused(components):
-    other = dict(tiny_components())
-    other["tokenizer"].add_tokens(["zzz"])
-    with pytest.raises(CheckpointError, match="`tokenizer` must have"):
-        UnifiedTextToImagePipeline(**{**components, "tokenizer": other["tokenizer"]})
+    size = len(components["tokenizer"])
+    other = train_text_tokenizer(["the quick brown fox jumps over lazy dogs"] * 3, vocab_size=size)
+    with pytest.raises(CheckpointError, match="`tokenizer` must have the fingerprint"):
+        UnifiedTextToImagePipeline(**{**components, "tokenizer": other})
+    larger = tiny_components()["tokenizer"]
+    larger.add_tokens(["zzz"])
+    with pytest.raises(CheckpointError, match=f"`tokenizer` must have at most {size} tokens"):
+        UnifiedTextToImagePipeline(**{**components, "tokenizer": larger})
 
 
 def test_other_image_tokenizer_is_refused(components):

@@ -1,0 +1,83 @@
+"""Pictures carry their recipe, and the recipe makes the same picture again."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from multimodal_dlm.errors import ConfigError, DataError
+from multimodal_dlm.pipelines import (
+    RowSeeds,
+    UnifiedTextToImagePipeline,
+    read_recipe,
+    save_image,
+)
+from tests.pipelines.tiny import seeded
+
+
+@pytest.fixture
+def draw(make):
+    return make(UnifiedTextToImagePipeline)
+
+
+def test_recipe_in_the_file_draws_the_same_picture(draw, tmp_path):
+    shared = torch.Generator().manual_seed(5)
+    images = draw(
+        ["a red apple", "a green pear"],
+        negative_prompt="a blue circle",
+        num_inference_steps=5,
+        guidance_stop=0.8,
+        generator=shared,
+    ).images
+    path = save_image(images[1], tmp_path / "made" / "pear.png")
+    recipe = read_recipe(path)
+    assert recipe["prompt"] == "a green pear"
+    assert recipe["negative_prompt"] == "a blue circle"
+    assert recipe["pipeline"] == "UnifiedTextToImagePipeline"
+    assert recipe["model_fingerprint"] == draw.model_fingerprint
+    names = ("prompt", "negative_prompt", "num_inference_steps", "guidance_scale")
+    names += ("guidance_start", "guidance_stop")
+    again = draw(
+        **{name: recipe[name] for name in names}, generator=RowSeeds((recipe["row_seed"],))
+    )
+    assert np.array_equal(np.asarray(again.images[0]), np.asarray(Image.open(path)))
+
+
+def test_recipe_survives_editing_in_memory_and_can_be_left_out(draw, tmp_path):
+    image = draw("a", num_inference_steps=2, generator=seeded(0)).images[0]
+    assert read_recipe(save_image(image.copy(), tmp_path / "copy.png"))["prompt"] == "a"
+    given = {"note": "grün", "seed": 3}
+    assert read_recipe(save_image(image, tmp_path / "given.png", given)) == given
+    path = save_image(image, tmp_path / "private.png", {})
+    with pytest.raises(DataError, match="carries no recipe"):
+        read_recipe(path)
+
+
+def test_recipes_are_json(draw):
+    image = draw("a", num_inference_steps=2).images[0]
+    assert json.loads(json.dumps(image.info["recipe"])) == image.info["recipe"]
+
+
+def test_other_formats_are_refused_with_the_name_to_use(tmp_path):
+    with pytest.raises(ConfigError, match=r"Use `apple.png`"):
+        save_image(Image.new("RGB", (4, 4)), tmp_path / "apple.jpg")
+    with pytest.raises(ConfigError, match="JSON values only"):
+        save_image(Image.new("RGB", (4, 4)), tmp_path / "apple.png", {"x": torch.zeros(1)})
+    (tmp_path / "text.png").write_text("no picture")
+    with pytest.raises(DataError, match="not a readable picture"):
+        read_recipe(tmp_path / "text.png")
+
+
+def test_fingerprint_follows_the_weights_and_not_their_dtype(make):
+    from tests.pipelines.tiny import tiny_components
+
+    pipe = UnifiedTextToImagePipeline(**tiny_components())
+    pipe.transformer.to(torch.bfloat16)
+    low = pipe.model_fingerprint
+    pipe.transformer.to(torch.float32)
+    assert pipe.model_fingerprint == low
+    with torch.no_grad():
+        pipe.transformer.norm.weight.add_(1.0)
+    assert pipe.model_fingerprint != low
