@@ -42,10 +42,11 @@ class _MixtureBatches:
         self.micro_batch_size = min(micro_batch_size or self.num_rows, self.num_rows)
 
     def state(self, next_step: int) -> dict[str, Any]:
-        self.reader.next_batch = next_step
-        return dict(self.reader.state_dict())
+        """JSON record of the position before global batch `next_step`."""
+        return dict(self.reader.state_at(next_step))
 
     def restore(self, state: dict[str, Any]) -> int:
+        """Check a record and return the next global batch."""
         self.reader.load_state_dict(state)
         return self.reader.next_batch
 
@@ -80,6 +81,8 @@ class CanvasBatches(_MixtureBatches):
         """This process's micro-batches of global batch `step`."""
         examples = self.reader.batch(step)
         canvas = self.processor.training_canvas([self._row(example) for example in examples])
+        counts = torch.tensor([example.weight > 0 for example in examples])
+        canvas = canvas.replace(is_free=canvas.is_free & counts[:, None])
         lengths = (~canvas.is_padding).sum(dim=1)
         first = self.reader.rank * self.num_rows
         batches = []
@@ -126,10 +129,10 @@ class PixelBatches(_MixtureBatches):
         batches = []
         for chunk in self._chunks(list(range(len(examples)))):
             chosen = [examples[index] for index in chunk]
-            images = [self.reader.readers[e.source][e.index].image for e in chosen]
+            samples = [self.reader.readers[e.source][e.index] for e in chosen]
             batches.append(
                 Batch(
-                    inputs=pixels_from_images([image for image in images if image is not None]),
+                    inputs=pixels_from_images([sample.image for sample in samples]),
                     keys=tuple(f"{example.source}/{example.key}" for example in chosen),
                     rows=tuple(first + index for index in chunk),
                 )

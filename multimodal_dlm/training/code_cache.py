@@ -79,6 +79,11 @@ def open_code_cache(
     return CodeCache(codes)
 
 
+def has_pictures(source: Source, split: str) -> bool:
+    """True when the first sample of a split has a picture."""
+    return ShardReader(source.splits[split], source=source.name)[0].image_bytes is not None
+
+
 def pixels_from_images(images: Sequence[UInt8[np.ndarray, "height width 3"]]) -> torch.Tensor:
     """RGB bytes -> float pixels in [0, 1], (batch, 3, height, width)."""
     stacked = torch.from_numpy(np.stack(images))
@@ -94,9 +99,9 @@ def _cache_name(source: Source, split: str, fingerprint: str) -> str:
 @torch.no_grad()
 def _encode(source: Source, split: str, image_tokenizer: ImageTokenizer, batch_size: int) -> Levels:
     """Codes of all samples of a split in stored order."""
-    reader = ShardReader(source.splits[split])
-    if reader[0].image is None:
+    if not has_pictures(source, split):
         return ()
+    reader = ShardReader(source.splits[split], source=source.name)
     sizes = image_tokenizer.codebook_sizes
     kinds = [np.uint16 if size <= 2**16 else np.int32 for size in sizes]
     parts: list[list[np.ndarray]] = [[] for _ in sizes]
@@ -106,7 +111,7 @@ def _encode(source: Source, split: str, image_tokenizer: ImageTokenizer, batch_s
         images = []
         for index in range(start, min(start + batch_size, len(reader))):
             sample = reader[index]
-            if sample.image is None:
+            if sample.image_bytes is None:
                 raise DataError(
                     f"Source `{source.name}` must have a picture in every sample or in none;"
                     f" `{sample.record.key}` has none. Split it into two sources."

@@ -14,7 +14,6 @@ from torch import nn
 
 from multimodal_dlm.datasets.manifest import Manifest, Source, open_manifest
 from multimodal_dlm.datasets.mixture import MixtureReader
-from multimodal_dlm.datasets.reading import ShardReader
 from multimodal_dlm.errors import CheckpointError, ConfigError
 from multimodal_dlm.layout import make_layout
 from multimodal_dlm.models.presets import get_preset
@@ -25,7 +24,7 @@ from multimodal_dlm.schedulers import ConfidenceScheduler
 from multimodal_dlm.tokenizers.image import ImageTokenizer
 from multimodal_dlm.tokenizers.text import load_text_tokenizer, text_fingerprint
 from multimodal_dlm.training.batches import BatchSource, CanvasBatches, PixelBatches
-from multimodal_dlm.training.code_cache import CodeCache, Levels, open_code_cache
+from multimodal_dlm.training.code_cache import CodeCache, Levels, has_pictures, open_code_cache
 from multimodal_dlm.training.config import TrainConfig
 from multimodal_dlm.training.objectives import build_objective
 from multimodal_dlm.training.objectives.base import Objective
@@ -68,8 +67,7 @@ class BlankCodes(CodeCache):
         levels = (grid,) * len(image_tokenizer.codebook_sizes)
         self._blank: dict[str, Levels | None] = {}
         for source in sources:
-            has_pictures = ShardReader(source.splits[split])[0].image is not None
-            self._blank[source.name] = levels if has_pictures else None
+            self._blank[source.name] = levels if has_pictures(source, split) else None
 
     def lookup(self, source: str, index: int) -> Levels | None:
         """Zeros, or None when the source has no pictures."""
@@ -147,11 +145,11 @@ def _transformer_job(
         image_grids=((height, width),) * levels,
     )
     if is_dry_run:
-        cache: CodeCache = BlankCodes(reader.sources, reader.split, image_tokenizer)
+        cache: CodeCache = BlankCodes(list(reader.sources.values()), reader.split, image_tokenizer)
     else:
         image_tokenizer.to(device or torch.device("cpu"))
         cache = open_code_cache(
-            reader.sources, reader.split, image_tokenizer, config.data.cache_dir
+            reader.sources.values(), reader.split, image_tokenizer, config.data.cache_dir
         )
     components = {
         "tokenizer": tokenizer,

@@ -19,7 +19,7 @@ WEIGHTS = "efficientnet-lite0-57934424.pth"
 
 
 def load_efficientnet_lite0() -> nn.Module:
-    """timm's `tf_efficientnet_lite0` with the packaged ImageNet weights, in eval mode, frozen.
+    """Timm's `tf_efficientnet_lite0` with the packaged ImageNet weights, in eval mode, frozen.
 
     The two implementations list the same tensors in the same order under other names, so the key
     map is that order, checked shape by shape.

@@ -222,7 +222,7 @@ class Trainer:
         is_bf16 = self.config.mixed_precision == "bf16"
         with torch.autocast(device.type, dtype=torch.bfloat16, enabled=is_bf16):
             output = self.job.objective(self.view, batch.inputs, generator=generators, **context)
-        self._check_finite("loss", float(output.loss), number, [batch])
+        self._check_finite("loss", float(output.loss.detach()), number, [batch])
         self.accelerator.backward(output.loss * scale)
         self.meter.add(output.terms)
         return output.loss.detach().float() * scale

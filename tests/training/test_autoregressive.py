@@ -36,8 +36,10 @@ def test_the_loss_is_the_likelihood_token_by_token():
             modality = model.vocabulary.modalities[index]
             logits = model.compute_logits(hidden, modality)
             target = model.vocabulary.to_columns(canvas.input_ids[row, column], modality)
-            total[index] = total.get(index, 0.0) - float(logits.log_softmax(-1)[target])
-    counts = {index: int((canvas.is_free & (canvas.modality_ids == index)).sum()) for index in total}
+            total[index] = total.get(index, 0.0) - float(logits.detach().log_softmax(-1)[target])
+    counts = {
+        index: int((canvas.is_free & (canvas.modality_ids == index)).sum()) for index in total
+    }
     expected = sum(total[index] / counts[index] for index in total)
     with torch.no_grad():
         output = Autoregressive()(model, canvas, generator=generators([0, 1, 2]))

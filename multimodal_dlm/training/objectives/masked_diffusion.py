@@ -110,7 +110,7 @@ class MaskedDiffusion(CanvasObjective):
         nll = target_nll(model, output.hidden_states, inputs, corrupted.is_target)
         nelbo = nll * corrupted.weight
         loss = self.weighted_loss(nelbo, inputs, vocabulary, denominators)
-        if not loss.requires_grad:
+        if output.hidden_states.requires_grad and not loss.requires_grad:
             loss = loss + 0.0 * output.hidden_states.sum()
         if output.auxiliary_loss is not None:
             loss = loss + output.auxiliary_loss
@@ -134,7 +134,9 @@ class MaskedDiffusion(CanvasObjective):
         is_target = torch.zeros_like(canvas.is_free)
         weight = torch.zeros(canvas.is_free.shape, device=canvas.device)
         input_ids = canvas.input_ids.clone()
-        wants_hole = torch.tensor([draw < self.hole_share for draw in draws], dtype=torch.bool)
+        wants_hole = torch.zeros(canvas.batch_size, dtype=torch.bool)
+        if len(draws):
+            wants_hole = torch.tensor([draw < self.hole_share for draw in draws])
         wants_hole = wants_hole.to(canvas.device) & (num_free_windows(canvas) == 1)
         has_hole = torch.zeros(canvas.batch_size, dtype=torch.bool, device=canvas.device)
         for window in canvas.free_windows():

@@ -1,0 +1,112 @@
+"""A mixture of a few real shards and two tiny tokenizers, and configs of runs over them."""
+
+import dataclasses
+import io
+from pathlib import Path
+
+import numpy as np
+import torch
+import yaml
+from PIL import Image
+
+from multimodal_dlm.datasets.manifest import write_dataset_manifest
+from multimodal_dlm.datasets.schema import QuestionAnswer, Record, Sample
+from multimodal_dlm.datasets.writing import ShardWriter
+from multimodal_dlm.tokenizers.image import ImageTokenizer
+from multimodal_dlm.tokenizers.text import train_text_tokenizer
+from multimodal_dlm.training.config import (
+    CheckpointConfig,
+    DataConfig,
+    LRScheduleConfig,
+    ModelConfig,
+    ObjectiveConfig,
+    OptimizerConfig,
+    TokenizersConfig,
+    TrainConfig,
+)
+
+NUM_SAMPLES = 12
+IMAGE_SIZE = 32
+COLOURS = ("red", "green", "blue")
+
+
+def write_data(folder: Path) -> Path:
+    """Write a mixture of one source with pictures; return its manifest."""
+    shards = folder / "squares"
+    shards.mkdir(parents=True)
+    writer = ShardWriter(shards, "train", shard_size=5)
+    draw = np.random.default_rng(0)
+    for number in range(NUM_SAMPLES):
+        colour = COLOURS[number % 3]
+        pixels = draw.integers(0, 40, (IMAGE_SIZE, IMAGE_SIZE, 3), dtype=np.uint8)
+        pixels[8:24, 8:24, number % 3] = 200
+        buffer = io.BytesIO()
+        Image.fromarray(pixels).save(buffer, "PNG")
+        record = Record(
+            key=f"square-{number:03d}",
+            source="squares",
+            split="train",
+            license="CC0-1.0",
+            captions=(f"a {colour} square",),
+            qa=(QuestionAnswer("what colour is it?", colour, "colour"),),
+        )
+        writer.write(Sample(record=record, image_bytes=buffer.getvalue()))
+    content = {
+        "name": "squares",
+        "recipe": "squares",
+        "recipe_version": 1,
+        "folder": "squares",
+        "license": "CC0-1.0",
+        "packages": {},
+        "caption_templates": [],
+        "weight": 1,
+        "tasks": {"text_to_image": 2, "caption": 1, "vqa": 2, "joint": 1},
+        "caption_weights": {},
+    }
+    write_dataset_manifest(folder / "squares.yaml", content, {"train": writer.close()}, "A test.")
+    mixture = folder / "mixture.yaml"
+    mixture.write_text(yaml.safe_dump({"name": "m", "mixture": [{"manifest": "squares.yaml"}]}))
+    return mixture
+
+
+def write_tokenizers(folder: Path) -> TokenizersConfig:
+    """Train and save a text tokenizer, save an untrained image tokenizer."""
+    texts = [f"a {colour} square what colour is it?" for colour in COLOURS]
+    train_text_tokenizer(texts, vocab_size=300).save_pretrained(folder / "text")
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        image_tokenizer = ImageTokenizer(
+            image_size=IMAGE_SIZE,
+            channels=(8, 8),
+            encoder_layers=(1, 1),
+            decoder_layers=(1, 1),
+            quantizer={"type": "fsq", "levels": [4, 4, 3]},
+        )
+    image_tokenizer.mark_released()
+    image_tokenizer.save_pretrained(folder / "image")
+    return TokenizersConfig(text=str(folder / "text"), image=str(folder / "image"))
+
+
+def run_config(root: Path, output: str = "run", **changes) -> TrainConfig:
+    """A run of six steps over what `write_data` and `write_tokenizers` left in `root`."""
+    config = TrainConfig(
+        output_dir=str(root / output),
+        num_train_steps=6,
+        seed=1,
+        model=ModelConfig(preset="tiny", max_text=20, unconditional_text=4),
+        tokenizers=TokenizersConfig(text=str(root / "text"), image=str(root / "image")),
+        data=DataConfig(
+            manifest=str(root / "mixture.yaml"),
+            batch_size=8,
+            micro_batch_size=4,
+            cache_dir=str(root / "cache"),
+        ),
+        objective=ObjectiveConfig(options={"hole_share": 0.1}),
+        optimizer=OptimizerConfig(lr=5e-3),
+        lr_schedule=LRScheduleConfig(num_warmup_steps=2),
+        checkpoint=CheckpointConfig(every_steps=2, keep_last=2),
+        ema_decay=0.9,
+        mixed_precision="no",
+        log_every_steps=2,
+    )
+    return dataclasses.replace(config, **changes)

@@ -1,0 +1,201 @@
+"""Whole runs on tiny real components: resume, damage, signals, divergence, export."""
+
+import dataclasses
+import json
+import os
+import signal
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+
+from multimodal_dlm.errors import CheckpointError
+from multimodal_dlm.pipelines import load_pipeline
+from multimodal_dlm.training.checkpoint import latest_checkpoint, list_checkpoints
+from multimodal_dlm.training.config import DataConfig
+from multimodal_dlm.training.run import describe, train
+from multimodal_dlm.training.trainer import DivergenceError
+from tests.training.runs import run_config
+
+
+class Stop(Exception):
+    """Ends a run as a crash would."""
+
+
+def crash_at(step: int):
+    def callback(state) -> None:
+        if state.step == step:
+            raise Stop
+
+    return callback
+
+
+def final_tensors(config) -> dict[str, torch.Tensor]:
+    path = latest_checkpoint(Path(config.output_dir) / "checkpoints")
+    assert path is not None
+    return {
+        f"{stem}/{name}": tensor
+        for stem in ("model", "ema", "optimizer")
+        for name, tensor in load_file(path / f"{stem}.safetensors").items()
+    }
+
+
+def test_a_resumed_run_equals_a_straight_one_bit_for_bit(run_root):
+    straight = run_config(run_root, "straight")
+    result = train(straight)
+    assert result["step"] == 6
+    assert result["is_finished"]
+    broken = run_config(run_root, "broken", sample_every_steps=1)
+    with pytest.raises(Stop):
+        train(broken, callbacks=[crash_at(5)])
+    assert [path.name for path in list_checkpoints(Path(broken.output_dir) / "checkpoints")] == [
+        "step-00000002",
+        "step-00000004",
+    ]
+    train(broken)
+    left, right = final_tensors(straight), final_tensors(broken)
+    assert left.keys() == right.keys()
+    assert len(left) > 50
+    for name, tensor in left.items():
+        assert torch.equal(tensor, right[name]), name
+    rows = [json.loads(row) for row in (run_root / "broken/metrics.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows] == [2, 4, 6]
+    expected = [json.loads(row) for row in (run_root / "straight/metrics.jsonl").open()]
+    assert [row["loss"] for row in rows] == [row["loss"] for row in expected]
+
+
+def test_the_run_folder_says_what_ran_and_the_export_draws(run_root):
+    config = run_config(run_root, "folder")
+    result = train(config)
+    folder = Path(config.output_dir)
+    assert yaml.safe_load((folder / "config.yaml").read_text()) == config.to_dict()
+    environment = json.loads((folder / "environment.json").read_text())
+    assert environment["seed"] == 1
+    assert environment["manifest"]["name"] == "m"
+    assert "torch" in environment["packages"]
+    assert list(folder.rglob("events.out.tfevents*"))
+    assert "step 6/6" in (folder / "train.log").read_text()
+    assert not [path for path in folder.rglob("*") if path.suffix in (".pt", ".bin", ".pkl")]
+    pipe = load_pipeline(result["export"])
+    assert pipe.transformer.num_parameters() > 0
+    images = pipe("a red square", num_inference_steps=2).images
+    assert images[0].size == (32, 32)
+    ema = final_tensors(config)["ema/embed_tokens.weight"]
+    assert torch.equal(pipe.transformer.embed_tokens.weight, ema.bfloat16().float())
+
+
+def test_a_damaged_checkpoint_is_passed_over(run_root):
+    config = run_config(run_root, "damaged", sample_every_steps=1)
+    with pytest.raises(Stop):
+        train(config, callbacks=[crash_at(5)])
+    checkpoints = Path(config.output_dir) / "checkpoints"
+    newest = checkpoints / "step-00000004" / "model.safetensors"
+    content = bytearray(newest.read_bytes())
+    content[-1] ^= 1
+    newest.write_bytes(content)
+    chosen = latest_checkpoint(checkpoints)
+    assert chosen is not None
+    assert chosen.name == "step-00000002"
+    train(config)
+    straight = run_config(run_root, "undamaged")
+    train(straight)
+    left, right = final_tensors(straight), final_tensors(config)
+    assert all(torch.equal(tensor, right[name]) for name, tensor in left.items())
+
+
+def test_another_config_does_not_continue_a_run(run_root):
+    config = run_config(run_root, "changed")
+    train(config)
+    changed = dataclasses.replace(config, num_train_steps=8)
+    with pytest.raises(CheckpointError, match=r"`num_train_steps` 6 -> 8"):
+        train(changed)
+    assert train(dataclasses.replace(config, log_every_steps=1))["is_finished"]
+
+
+def test_a_signal_ends_the_run_with_a_checkpoint(run_root):
+    config = run_config(run_root, "signal", sample_every_steps=1)
+
+    def send(state) -> None:
+        if state.step == 3:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    result = train(config, callbacks=[send])
+    assert (result["step"], result["is_finished"]) == (3, False)
+    path = latest_checkpoint(Path(config.output_dir) / "checkpoints")
+    assert path is not None
+    assert path.name == "step-00000003"
+    assert train(config)["is_finished"]
+
+
+def test_divergence_names_step_and_samples(run_root):
+    config = run_config(run_root, "nan", sample_every_steps=1)
+
+    def spoil(state) -> None:
+        if state.step == 3:
+            with torch.no_grad():
+                state.model.embed_tokens.weight.fill_(float("nan"))
+
+    with pytest.raises(DivergenceError, match=r"got nan in step 3 with the samples squares/square"):
+        train(config, callbacks=[spoil])
+    path = latest_checkpoint(Path(config.output_dir) / "checkpoints")
+    assert path is not None
+    assert path.name == "step-00000002"
+
+
+def test_workers_do_not_change_the_run(run_root):
+    alone, helped = run_config(run_root, "alone"), run_config(run_root, "helped")
+    helped = dataclasses.replace(helped, data=dataclasses.replace(helped.data, num_workers=2))
+    train(alone)
+    train(helped)
+    left, right = final_tensors(alone), final_tensors(helped)
+    assert all(torch.equal(tensor, right[name]) for name, tensor in left.items())
+
+
+def test_callbacks_see_averaged_weights_and_may_log(run_root):
+    config = run_config(run_root, "callbacks", sample_every_steps=3)
+    seen = []
+
+    def callback(state) -> None:
+        own = state.model.embed_tokens.weight.detach().clone()
+        with state.averaged() as model:
+            assert not torch.equal(model.embed_tokens.weight, own)
+        assert torch.equal(state.model.embed_tokens.weight, own)
+        state.log({"sample/accuracy": 0.5})
+        seen.append((state.step, state.model.training, sorted(state.components)))
+
+    train(config, callbacks=[callback])
+    names = ["image_tokenizer", "processor", "scheduler", "tokenizer"]
+    assert seen == [(3, False, names), (6, False, names)]
+    rows = (Path(config.output_dir) / "metrics.jsonl").read_text()
+    assert rows.count("sample/accuracy") == 2
+
+
+def test_a_description_encodes_and_writes_nothing(run_root, tmp_path):
+    config = run_config(run_root, "described")
+    config = dataclasses.replace(
+        config, data=dataclasses.replace(config.data, cache_dir=str(tmp_path / "cache"))
+    )
+    values = describe(config)
+    assert values["rows_per_step"] == 8
+    assert 8 * 18 < values["tokens_per_step"] < 8 * 60
+    assert values["num_parameters"] > 10_000
+    assert values["data"]["squares"]["samples"] == 12
+    assert values["data"]["squares"]["epochs"] == 4.0
+    assert json.loads(json.dumps(values)) == values
+    assert not (tmp_path / "cache").exists()
+    assert not Path(config.output_dir).exists()
+
+
+def test_the_autoregressive_baseline_trains_on_the_same_rows(run_root):
+    config = run_config(run_root, "causal")
+    config = dataclasses.replace(
+        config,
+        model=dataclasses.replace(config.model, options={"logits_shift": 1}),
+        objective=dataclasses.replace(config.objective, name="autoregressive", options={}),
+        data=DataConfig(**{**dataclasses.asdict(config.data), "micro_batch_size": None}),
+    )
+    result = train(config)
+    assert result["is_finished"]
+    assert result["loss"] < 20
