@@ -32,7 +32,7 @@ from torch import Tensor, nn
 from multimodal_dlm.errors import BackendError, ConfigError
 from multimodal_dlm.models.attention import OWN_BACKENDS, UnifiedAttention, check_backend
 from multimodal_dlm.models.attention_plan import AttentionPlan
-from multimodal_dlm.models.fused import GatedAdd, GatedUnit, NormModulate, use_fused, wide_linear
+from multimodal_dlm.models.fused import GatedAdd, NormModulate, gated_linear, use_fused, wide_linear
 from multimodal_dlm.models.kv_cache import PrefixCache, PrefixCacheConfig, build_cache
 from multimodal_dlm.models.noise_conditioning import Modulation, NoiseConditioning
 from multimodal_dlm.models.positions import Rotary, check_axes, rotary_tables
@@ -125,11 +125,7 @@ class SwiGLU(nn.Module):
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         """Same shape in and out."""
-        both = wide_linear(self.gate_up_proj, hidden_states)
-        if use_fused(both):
-            return wide_linear(self.down_proj, GatedUnit.apply(both))
-        gate, up = both.chunk(2, dim=-1)
-        return self.down_proj(F.silu(gate) * up)
+        return wide_linear(self.down_proj, gated_linear(self.gate_up_proj, hidden_states))
 
 
 class UnifiedTransformerBlock(nn.Module):
