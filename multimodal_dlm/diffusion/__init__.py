@@ -1,0 +1,1 @@
+"""The mathematics of discrete diffusion; imports torch and nothing else of weight."""
