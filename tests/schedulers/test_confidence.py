@@ -40,7 +40,7 @@ def is_well_formed(row: list[int]) -> bool:
 
 
 @pytest.mark.parametrize("modalities", [GREEDY, DRAWN], ids=["greedy", "drawn"])
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=80, deadline=None)
 @given(length=st.integers(1, 12), num_steps=st.integers(1, 14), seed=st.integers(0, 100_000))
 def test_a_finished_window_is_content_one_eos_then_fill(modalities, length, num_steps, seed):
     sample = torch.full((3, length), COLUMNS)
@@ -53,7 +53,7 @@ def test_a_finished_window_is_content_one_eos_then_fill(modalities, length, num_
 
 
 @pytest.mark.parametrize("modalities", [GREEDY, DRAWN], ids=["greedy", "drawn"])
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=80, deadline=None)
 @given(
     length=st.integers(1, 12),
     num_steps=st.integers(1, 14),

@@ -38,7 +38,7 @@ def reference_commit(row, is_masked, columns, scores, is_chosen, is_last):
     return row
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=150, deadline=None)
 @given(
     length=st.integers(1, 9),
     share_known=st.sampled_from([0.0, 0.3, 0.7]),
