@@ -83,10 +83,9 @@ class CanvasBatches(_MixtureBatches):
         canvas = self.processor.training_canvas([self._row(example) for example in examples])
         counts = torch.tensor([example.weight > 0 for example in examples])
         canvas = canvas.replace(is_free=canvas.is_free & counts[:, None])
-        lengths = (~canvas.is_padding).sum(dim=1)
         first = self.reader.rank * self.num_rows
         batches = []
-        for chunk in self._chunks(lengths.argsort(stable=True).tolist()):
+        for chunk in self._chunks(order_by_shape(canvas)):
             part = drop_empty_columns(canvas.select_rows(torch.tensor(chunk)))
             chosen = [examples[index] for index in chunk]
             batches.append(
@@ -148,6 +147,16 @@ def drop_empty_columns(canvas: Canvas) -> Canvas:
     names = ("input_ids", "window_ids", "modality_ids", "position_ids", "order", "document_ids")
     tensors = {name: getattr(canvas, name)[:, kept] for name in (*names, "is_free", "is_padding")}
     return Canvas(**tensors)
+
+
+def order_by_shape(canvas: Canvas) -> list[int]:
+    """Rows sorted by the windows they have, then by length: neighbours need little padding."""
+    lengths = (~canvas.is_padding).sum(dim=1)
+    present = torch.zeros_like(lengths)
+    for place, window in enumerate(canvas.windows()):
+        part = canvas.window_slice(window)
+        present += (~canvas.is_padding[:, part]).any(dim=1).long() << place
+    return (present * (canvas.length + 1) + lengths).argsort(stable=True).tolist()
 
 
 class _Steps(Dataset[list[Batch]]):

@@ -102,7 +102,7 @@ def verify_checkpoint(path: Path) -> None:
         raise CheckpointError(f"`{path}` is no checkpoint: it has no `{MANIFEST}`.")
     try:
         hashes = json.loads((path / MANIFEST).read_text())["sha256"]
-    except (ValueError, KeyError) as error:
+    except (ValueError, KeyError, TypeError) as error:
         raise CheckpointError(f"`{path / MANIFEST}` cannot be read: {error!r}.") from error
     present = {file.name for file in path.iterdir()} - {MANIFEST}
     if present != set(hashes):
