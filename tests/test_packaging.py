@@ -91,7 +91,12 @@ def test_all_matches_what_type_checkers_see():
 
 def test_every_error_is_exported():
     errors = importlib.import_module("multimodal_dlm.errors")
-    classes = {name for name, value in vars(errors).items() if isinstance(value, type)}
+    classes = {
+        name
+        for name, value in vars(errors).items()
+        if isinstance(value, type) and issubclass(value, Exception)
+    }
+    assert len(classes) > 5
     assert classes <= set(multimodal_dlm.__all__)
 
 

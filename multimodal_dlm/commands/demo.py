@@ -17,7 +17,6 @@ if TYPE_CHECKING:
 
     from multimodal_dlm.datasets.manifest import Manifest
     from multimodal_dlm.datasets.schema import Sample
-    from multimodal_dlm.pipelines import UnifiedPipeline
 
 PROMPTS = (
     "a red apple", "a house", "a car", "a fish", "a rocket", "a red heart", "a pizza",
@@ -126,7 +125,7 @@ def held_out_samples(manifest: "Manifest") -> "list[tuple[str, str, Sample]]":
     return found
 
 
-def _draw(pipeline: "UnifiedPipeline", folder: Path, seed: int) -> "list[Image.Image]":
+def _draw(pipeline: Any, folder: Path, seed: int) -> "list[Image.Image]":
     from multimodal_dlm.evaluation.sheets import contact_sheet
 
     images = pipeline(list(PROMPTS), generator=seeded(seed, len(PROMPTS))).images
@@ -134,15 +133,13 @@ def _draw(pipeline: "UnifiedPipeline", folder: Path, seed: int) -> "list[Image.I
     return images
 
 
-def _inpaint(
-    pipeline: "UnifiedPipeline", picture: "Image.Image", folder: Path, seed: int
-) -> "list[Image.Image]":
+def _inpaint(pipeline: Any, picture: "Image.Image", folder: Path, seed: int) -> "list[Image.Image]":
     from PIL import Image
 
     from multimodal_dlm.evaluation.sheets import contact_sheet
     from multimodal_dlm.pipelines import UnifiedInpaintPipeline
 
-    inpaint = UnifiedInpaintPipeline.from_pipe(pipeline)
+    inpaint: Any = UnifiedInpaintPipeline.from_pipe(pipeline)
     inpaint.set_progress_bar_config(disable=True)
     mask = box_mask(picture.size, HOLE)
     results = inpaint(
@@ -158,16 +155,14 @@ def _inpaint(
     return results
 
 
-def _describe(
-    pipeline: "UnifiedPipeline", samples: "list[tuple[str, str, Sample]]"
-) -> list[HeldOut]:
+def _describe(pipeline: Any, samples: "list[tuple[str, str, Sample]]") -> list[HeldOut]:
     from PIL import Image
 
     from multimodal_dlm.pipelines import UnifiedImageToTextPipeline
 
     if not samples:
         return []
-    read = UnifiedImageToTextPipeline.from_pipe(pipeline)
+    read: Any = UnifiedImageToTextPipeline.from_pipe(pipeline)
     read.set_progress_bar_config(disable=True)
     pictures = [Image.fromarray(sample.image) for _, _, sample in samples]
     captions = read(pictures).texts
@@ -180,19 +175,22 @@ def _describe(
     questions = [pair.question for pair in pairs if pair is not None]
     texts = read([pictures[place] for place in asked], questions).texts if asked else []
     answers = dict(zip(asked, texts, strict=True))
-    return [
-        HeldOut(
-            key=sample.key,
-            source=source,
-            split=split,
-            caption=captions[place],
-            true_caption=sample.record.captions[0],
-            question=pair.question if (pair := pairs[place]) else None,
-            answer=answers.get(place),
-            true_answer=pair.answer if pair else None,
+    rows = []
+    for place, (source, split, sample) in enumerate(samples):
+        pair = pairs[place]
+        rows.append(
+            HeldOut(
+                key=sample.key,
+                source=source,
+                split=split,
+                caption=captions[place],
+                true_caption=sample.record.captions[0],
+                question=pair.question if pair else None,
+                answer=answers.get(place),
+                true_answer=pair.answer if pair else None,
+            )
         )
-        for place, (source, split, sample) in enumerate(samples)
-    ]
+    return rows
 
 
 def _timed(seconds: dict[str, float], name: str, task: Any) -> Any:

@@ -28,7 +28,7 @@ def add_options(parser: "ArgumentParser", name: str) -> None:
         "inpaint": run_inpaint,
         "joint": run_joint,
     }
-    skip = set()
+    skip: set[str | int] = set()
     if name == "generate":
         parser.add_argument("prompt", nargs="+", type=str, help="what to draw; quote each prompt")
         skip = {"prompt"}

@@ -10,7 +10,7 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import numpy as np
 import torch
@@ -21,7 +21,9 @@ from multimodal_dlm.datasets.manifest import Manifest
 from multimodal_dlm.datasets.reading import iterate_samples
 from multimodal_dlm.evaluation.sheets import contact_sheet, grid_sheet
 from multimodal_dlm.evaluation.text_metrics import exact_match
+from multimodal_dlm.models.transformer import UnifiedTransformerModel
 from multimodal_dlm.pipelines import UnifiedImageToTextPipeline, UnifiedTextToImagePipeline
+from multimodal_dlm.tokenizers.image import ImageTokenizer
 
 logger = logging.getLogger(__name__)
 
@@ -132,7 +134,7 @@ class BackboneSamples:
         folder.mkdir(parents=True, exist_ok=True)
         with state.averaged() as model:
             pipe = UnifiedTextToImagePipeline(
-                transformer=model,
+                transformer=cast(UnifiedTransformerModel, model),
                 scheduler=state.components["scheduler"],
                 tokenizer=state.components["tokenizer"],
                 image_tokenizer=state.components["image_tokenizer"],
@@ -145,7 +147,8 @@ class BackboneSamples:
     def _draw(self, pipe: UnifiedTextToImagePipeline, path: Path) -> None:
         seeds = range(self.seed, self.seed + len(self.prompts))
         generators = [torch.Generator().manual_seed(seed) for seed in seeds]
-        images = pipe(self.prompts, generator=generators).images
+        draw: Any = pipe
+        images = draw(self.prompts, generator=generators).images
         contact_sheet(images, self.prompts).save(path)
         logger.info("Wrote %s.", path)
 
@@ -153,7 +156,7 @@ class BackboneSamples:
         self, pipe: UnifiedTextToImagePipeline, path: Path, step: int
     ) -> dict[str, float]:
         """Captions and answers beside the truth; returns the share of right answers."""
-        read = UnifiedImageToTextPipeline.from_pipe(pipe)
+        read: Any = UnifiedImageToTextPipeline.from_pipe(pipe)
         read.set_progress_bar_config(disable=True)
         captions = read([each.image for each in self.held_out]).texts
         asked = [each for each in self.held_out if each.question is not None]
@@ -200,9 +203,9 @@ class ReconstructionSamples:
         folder.mkdir(parents=True, exist_ok=True)
         pixels = torch.from_numpy(np.stack([np.asarray(image) for image in self.images]))
         with torch.no_grad(), state.averaged() as model:
-            device = next(model.parameters()).device
-            given = pixels.permute(0, 3, 1, 2).float().to(device) / 255
-            decoded = model.decode(model.encode(given)).float().clamp(0, 1).cpu()
+            tokenizer = cast(ImageTokenizer, model)
+            given = pixels.permute(0, 3, 1, 2).float().to(tokenizer.device) / 255
+            decoded = tokenizer.decode(tokenizer.encode(given)).float().clamp(0, 1).cpu()
         arrays = (decoded.permute(0, 2, 3, 1).numpy() * 255).round().astype(np.uint8)
         made = [Image.fromarray(array) for array in arrays]
         rows = []
