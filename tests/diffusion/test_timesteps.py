@@ -1,0 +1,96 @@
+"""Draws cover all noise levels, and each alone is uniform."""
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from multimodal_dlm.diffusion.timesteps import (
+    banded_uniforms,
+    counts_from_uniforms,
+    grouped_uniforms,
+    low_discrepancy_uniforms,
+    stratified_uniforms,
+)
+from multimodal_dlm.errors import ConfigError
+from tests.diffusion.oracle import EXAMPLES, chi_square_z
+
+
+def seeded(seed: int) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+@pytest.mark.parametrize("draw", [stratified_uniforms, low_discrepancy_uniforms])
+@EXAMPLES
+@given(count=st.integers(0, 70), seed=st.integers(0, 2**31))
+def test_each_stratum_holds_exactly_one(draw, count, seed):
+    values = draw(count, generator=seeded(seed))
+    assert values.dtype == torch.float64
+    assert values.shape == (count,)
+    assert bool(((values >= 0) & (values < 1)).all())
+    if draw is stratified_uniforms:
+        assert sorted((values * count).long().tolist()) == list(range(count))
+    elif count:
+        spacing = values.sort().values.diff()
+        torch.testing.assert_close(spacing, torch.full_like(spacing, 1 / count))
+
+
+@pytest.mark.parametrize("draw", [stratified_uniforms, low_discrepancy_uniforms])
+def test_one_number_of_a_batch_is_uniform(draw):
+    generator = seeded(1)
+    first = torch.stack([draw(8, generator=generator)[0] for _ in range(4000)])
+    counts = torch.bincount((first * 20).long(), minlength=20).double()
+    assert abs(chi_square_z(counts, torch.full((20,), 0.05, dtype=torch.float64))) < 3.1
+
+
+@pytest.mark.parametrize("draw", [stratified_uniforms, low_discrepancy_uniforms])
+def test_two_calls_are_independent(draw):
+    """Sharing one sequence would leave the difference of two modalities' levels constant."""
+    generator = seeded(2)
+    differences = draw(512, generator=generator) - draw(512, generator=generator)
+    assert float(differences.std()) == pytest.approx((1 / 6) ** 0.5, abs=0.03)
+    assert not torch.equal(draw(9, generator=seeded(3)), draw(9, generator=seeded(4)))
+    assert torch.equal(draw(9, generator=seeded(3)), draw(9, generator=seeded(3)))
+
+
+def test_stratification_removes_most_of_the_variance_of_a_batch_mean():
+    generator = seeded(5)
+    means = torch.stack([stratified_uniforms(64, generator=generator).mean() for _ in range(300)])
+    assert float(means.std()) < 0.1 * (1 / 12 / 64) ** 0.5
+
+
+@EXAMPLES
+@given(groups=st.lists(st.sampled_from("abc"), max_size=40), seed=st.integers(0, 99))
+def test_each_group_is_stratified_alone(groups, seed):
+    values = grouped_uniforms(groups, generator=seeded(seed))
+    assert values.shape == (len(groups),)
+    for name in set(groups):
+        rows = [row for row, group in enumerate(groups) if group == name]
+        assert sorted((values[rows] * len(rows)).long().tolist()) == list(range(len(rows)))
+
+
+def test_the_band_is_respected_and_checked():
+    values = banded_uniforms(stratified_uniforms(100, generator=seeded(0)), 0.3, 0.8)
+    assert 0.3 <= float(values.min()) < 0.31
+    assert 0.79 < float(values.max()) <= 0.8
+    for low, high in ((0.5, 0.5), (-0.1, 0.5), (0.5, 1.1), (0.8, 0.2)):
+        with pytest.raises(ConfigError, match="0 <= low < high <= 1; got"):
+            banded_uniforms(values, low, high)
+
+
+@EXAMPLES
+@given(length=st.integers(0, 300), seed=st.integers(0, 999))
+def test_counts_are_uniform_on_one_to_length(length, seed):
+    """L stratified numbers give every count exactly once."""
+    lengths = torch.full((length,), length)
+    counts = counts_from_uniforms(stratified_uniforms(length, generator=seeded(seed)), lengths)
+    assert sorted(counts.tolist()) == list(range(1, length + 1))
+
+
+def test_counts_at_the_ends():
+    u = torch.tensor([0.0, 1e-12, 0.5, 1 - 2**-53, 1.0, 0.7], dtype=torch.float64)
+    counts = counts_from_uniforms(u, torch.tensor([5, 5, 5, 5, 5, 0]))
+    assert counts.tolist() == [1, 1, 3, 5, 5, 0]
+    assert counts.dtype == torch.long
+    large = torch.tensor([2**25 + 1])
+    assert counts_from_uniforms(torch.ones(1), large).tolist() == large.tolist()
