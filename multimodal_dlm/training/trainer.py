@@ -137,6 +137,7 @@ class Trainer:
         )
         self.wrapper, self.prepared_optimizer = accelerator.prepare(self.model, optimizer)
         self.optimizer = self.prepared_optimizer.optimizer
+        self.objective = job.objective.to(accelerator.device)
         self.view = ModelView(self.wrapper, self.model)
         self.ema = (
             ExponentialMovingAverage(self.model, config.ema_decay) if config.ema_decay else None
@@ -181,7 +182,7 @@ class Trainer:
         """Forward and backward of all micro-batches, then one optimizer step."""
         config, seed = self.config, self.config.seed
         batches = [batch.to(self.accelerator.device) for batch in batches]
-        plan = self.job.objective.prepare(
+        plan = self.objective.prepare(
             batches,
             seed=seed,
             step=number,
@@ -221,7 +222,7 @@ class Trainer:
         generators = [row_generator(seed, number, row) for row in batch.rows]
         is_bf16 = self.config.mixed_precision == "bf16"
         with torch.autocast(device.type, dtype=torch.bfloat16, enabled=is_bf16):
-            output = self.job.objective(self.view, batch.inputs, generator=generators, **context)
+            output = self.objective(self.view, batch.inputs, generator=generators, **context)
         self._check_finite("loss", float(output.loss.detach()), number, [batch])
         self.accelerator.backward(output.loss * scale)
         self.meter.add(output.terms)

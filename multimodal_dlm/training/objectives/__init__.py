@@ -6,10 +6,12 @@ from multimodal_dlm.errors import ConfigError, unknown_name
 from multimodal_dlm.training.objectives.autoregressive import Autoregressive
 from multimodal_dlm.training.objectives.base import Objective, ObjectiveOutput, Term
 from multimodal_dlm.training.objectives.masked_diffusion import MaskedDiffusion
+from multimodal_dlm.training.objectives.reconstruction import Reconstruction
 
 OBJECTIVES: dict[str, type[Objective]] = {
     "autoregressive": Autoregressive,
     "masked_diffusion": MaskedDiffusion,
+    "reconstruction": Reconstruction,
 }
 
 
@@ -33,6 +35,7 @@ __all__ = [
     "MaskedDiffusion",
     "Objective",
     "ObjectiveOutput",
+    "Reconstruction",
     "Term",
     "build_objective",
 ]

@@ -7,11 +7,11 @@ inputs, and returns the loss to differentiate and the terms to report.
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Self
 
 import torch
 from jaxtyping import Bool, Float
-from torch import Tensor
+from torch import Tensor, nn
 
 from multimodal_dlm.canvas import Canvas
 from multimodal_dlm.diffusion.losses import token_nll
@@ -122,6 +122,13 @@ class Objective(ABC):
         """
         del seed, step, gather, num_processes
         return StepPlan([{} for _ in batches], 1.0 / max(1, len(batches)))
+
+    def to(self, device: torch.device) -> Self:
+        """Move the networks an objective owns, such as a perceptual distance."""
+        for part in vars(self).values():
+            if isinstance(part, nn.Module):
+                part.to(device)
+        return self
 
     @abstractmethod
     def __call__(

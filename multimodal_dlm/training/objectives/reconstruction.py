@@ -1,0 +1,131 @@
+"""Training an image tokenizer: reconstruction, perceptual distance, and an optional critic."""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from multimodal_dlm.errors import ConfigError
+from multimodal_dlm.training.objectives.base import Generators, Objective, ObjectiveOutput, Term
+from multimodal_dlm.training.perceptual import PerceptualDistance
+
+
+class PatchCritic(nn.Module):
+    """Scores patches of a picture as real or reconstructed (Isola et al. 2017, arXiv 1611.07004).
+
+    Args:
+        channels: Width of the first layer; doubled twice.
+    """
+
+    def __init__(self, channels: int = 32) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(
+            nn.Conv2d(3, channels, 4, stride=2, padding=1),
+            nn.LeakyReLU(0.2),
+            nn.Conv2d(channels, 2 * channels, 4, stride=2, padding=1),
+            nn.LeakyReLU(0.2),
+            nn.Conv2d(2 * channels, 4 * channels, 3, padding=1),
+            nn.LeakyReLU(0.2),
+            nn.Conv2d(4 * channels, 1, 3, padding=1),
+        )
+
+    def forward(
+        self, pixels: Float[Tensor, "batch 3 h w"]
+    ) -> Float[Tensor, "batch 1 rows columns"]:
+        """Pixels around [0, 1] -> one score a patch, high for real."""
+        return self.layers(pixels * 2 - 1)
+
+
+class Reconstruction(Objective):
+    """L1 + L2 + perceptual distance + the quantizer's own loss + an optional hinge critic.
+
+    The critic (Esser et al. 2021, arXiv 2012.09841, section 3.1) and its optimizer belong to the
+    objective: they start from the seed given here and are not part of a checkpoint, so a resumed
+    run with `adversarial_weight` above 0 goes on with a fresh critic.
+
+    Args:
+        l1_weight: Weight of the mean absolute error.
+        l2_weight: Weight of the mean squared error.
+        perceptual_weight: Weight of the EfficientNet-Lite0 distance; 0 loads no network.
+        perceptual_rows: Rows of a micro-batch that the distance looks at (it dominates the time).
+        adversarial_weight: Weight of the critic; 0 builds none.
+        critic_lr: Learning rate of the critic.
+        critic_seed: Initial weights of the critic.
+    """
+
+    def __init__(
+        self,
+        *,
+        l1_weight: float = 1.0,
+        l2_weight: float = 4.0,
+        perceptual_weight: float = 0.02,
+        perceptual_rows: int = 12,
+        adversarial_weight: float = 0.0,
+        critic_lr: float = 2e-4,
+        critic_seed: int = 0,
+    ) -> None:
+        weights = (l1_weight, l2_weight, perceptual_weight, adversarial_weight)
+        if min(weights) < 0 or max(l1_weight, l2_weight) == 0:
+            raise ConfigError(
+                "Weights must not be negative and `l1_weight` or `l2_weight` must be above 0; got"
+                f" {weights}."
+            )
+        self.l1_weight, self.l2_weight = l1_weight, l2_weight
+        self.perceptual_weight, self.perceptual_rows = perceptual_weight, perceptual_rows
+        self.adversarial_weight = adversarial_weight
+        self.perceptual = PerceptualDistance() if perceptual_weight else None
+        self.critic: PatchCritic | None = None
+        if adversarial_weight:
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(critic_seed)
+                self.critic = PatchCritic()
+            self.critic_optimizer = torch.optim.AdamW(
+                self.critic.parameters(), lr=critic_lr, betas=(0.5, 0.9)
+            )
+
+    def __call__(
+        self,
+        model: Any,
+        inputs: Float[Tensor, "batch 3 h w"],
+        *,
+        generator: Generators,
+        **context: Any,
+    ) -> ObjectiveOutput:
+        """Loss of one micro-batch of pixels in [0, 1].
+
+        Args:
+            model: Image tokenizer: pixels -> (reconstruction, quantizer loss).
+            inputs: Pixels.
+            generator: Unused: nothing is drawn.
+            context: Unused.
+        """
+        del generator, context
+        pixels = inputs.contiguous(memory_format=torch.channels_last)
+        reconstruction, quantizer_loss = model(pixels)
+        error = reconstruction - pixels
+        l1, l2 = error.abs().mean(), error.pow(2).mean()
+        loss = self.l1_weight * l1 + self.l2_weight * l2 + quantizer_loss
+        values = {"l1": l1, "psnr": -10 * l2.detach().clamp(min=1e-10).log10()}
+        if self.perceptual is not None:
+            rows = slice(0, self.perceptual_rows)
+            values["perceptual"] = self.perceptual(reconstruction[rows], pixels[rows])
+            loss = loss + self.perceptual_weight * values["perceptual"]
+        if self.critic is not None:
+            values["critic"] = self._train_critic(self.critic, pixels, reconstruction.detach())
+            self.critic.requires_grad_(False)
+            values["adversarial"] = -self.critic(reconstruction).mean()
+            self.critic.requires_grad_(True)
+            loss = loss + self.adversarial_weight * values["adversarial"]
+        count = torch.tensor(float(len(pixels)))
+        terms = {k: Term(v.detach().float() * len(pixels), count) for k, v in values.items()}
+        return ObjectiveOutput(loss, terms, len(pixels), is_bound=False)
+
+    def _train_critic(self, critic: PatchCritic, real: Tensor, fake: Tensor) -> Tensor:
+        """One hinge step of the critic: real patches above 1, reconstructed ones below -1."""
+        loss = (F.relu(1 - critic(real)) + F.relu(1 + critic(fake))).mean()
+        loss.backward()
+        self.critic_optimizer.step()
+        self.critic_optimizer.zero_grad(set_to_none=True)
+        return loss.detach()

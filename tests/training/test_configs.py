@@ -1,0 +1,76 @@
+"""Every shipped config says what it is, loads, and describes a run over the committed sample."""
+
+from pathlib import Path
+
+import pytest
+
+from multimodal_dlm.errors import ConfigError
+from multimodal_dlm.training.config import TrainConfig, config_changes, load_train_config
+from multimodal_dlm.training.run import describe
+from tests.training.runs import run_config
+
+ROOT = Path(__file__).parents[2]
+CONFIGS = sorted((ROOT / "configs").rglob("*.yaml"))
+SAMPLE = "datasets/sample.yaml"
+
+
+def test_all_configs_are_found():
+    names = [path.relative_to(ROOT / "configs").as_posix() for path in CONFIGS]
+    assert names == ["released.yaml", "smoke.yaml", "tokenizers/image.yaml"]
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_a_config_says_what_it_trains_and_how(path):
+    comment = [line for line in path.read_text().splitlines() if line.startswith("#")]
+    text = "\n".join(comment)
+    command = f"multimodal-dlm train --config {path.relative_to(ROOT).as_posix()}"
+    assert path.read_text().startswith("# Trains: ")
+    for needed in ("# Command: ", command, "# Time: ", "# Metric: "):
+        assert needed in text
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_a_config_describes_a_run(path, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    config = load_train_config(path, ["--data.manifest", SAMPLE])
+    for folder in (config.tokenizers.text, config.tokenizers.image):
+        assert Path(folder).is_dir()
+    if config.model.component == "image_tokenizer":
+        assert config.objective.name == "reconstruction"
+        return
+    values = describe(config)
+    assert values["tokens_per_step"] > config.data.batch_size * 10
+    assert values["padding_share"] < 0.4
+    assert len(values["data"]) > 2
+
+
+def test_overrides_win_and_mistakes_are_explained(tmp_path):
+    path = tmp_path / "run.yaml"
+    path.write_text("output_dir: out\nnum_train_steps: 3\noptimizer: {lr: 1e-3}\n")
+    config = load_train_config(path, ["--optimizer.lr", "2e-3", "--data.batch_size", "5"])
+    assert (config.optimizer.lr, config.data.batch_size, config.num_train_steps) == (2e-3, 5, 3)
+    assert config.optimizer.betas == (0.9, 0.98)
+    with pytest.raises(ConfigError, match="There is no config"):
+        load_train_config(tmp_path / "none.yaml")
+    path.write_text("output_dir: out\nnum_train_steps: 3\noptimiser: {lr: 1e-3}\n")
+    with pytest.raises(ConfigError, match="optimiser"):
+        load_train_config(path)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"num_train_steps": 0}, "`num_train_steps` must be at least 1; got 0"),
+        ({"ema_decay": 1.0}, r"`ema_decay` must lie in \[0, 1\); got 1.0"),
+        ({"seed": -1}, "`seed` must be at least 0; got -1"),
+    ],
+)
+def test_values_out_of_range_are_refused(changes, message):
+    with pytest.raises(ConfigError, match=message):
+        TrainConfig(**({"output_dir": "out", "num_train_steps": 1} | changes))
+
+
+def test_changes_that_matter_are_told_from_those_that_do_not(tmp_path):
+    old = run_config(tmp_path).to_dict()
+    new = run_config(tmp_path, "elsewhere", log_every_steps=7, seed=2).to_dict()
+    assert config_changes(old, new) == {"seed": (1, 2)}
