@@ -136,8 +136,8 @@ def test_guidance_without_a_condition_is_refused():
     processor = toy_processor()
     with pytest.raises(CanvasError, match=r"guidance_scale=1\.0"):
         processor.unconditional(processor.joint(1, gen_length=3))
+    canvas = processor.image_to_text(CODES, gen_length=3)
     with pytest.raises(ConfigError, match="negative_prompt"):
-        canvas = processor.image_to_text(CODES, gen_length=3)
         processor.unconditional(canvas, negative_prompts=["a", "b"])
 
 

@@ -20,7 +20,7 @@ def three_modalities() -> UnifiedVocabulary:
 
 def test_layout_keeps_64_ids_between_the_first_modality_and_the_others():
     vocabulary = three_modalities()
-    assert vocabulary.columns("text") == range(0, 5)
+    assert vocabulary.columns("text") == range(5)
     assert vocabulary.columns("image") == range(69, 76)
     assert vocabulary.columns("action") == range(76, 78)
     assert vocabulary.vocab_size == 78

@@ -33,6 +33,7 @@ class Autoregressive(CanvasObjective):
         denominators: Mapping[int, int] | None = None,
         tasks: Sequence[str] = (),
         draws: Sequence[float] = (),
+        row_share: float = 1.0,
     ) -> ObjectiveOutput:
         """One causal forward on the clean canvas; nothing is drawn.
 
@@ -45,6 +46,7 @@ class Autoregressive(CanvasObjective):
             denominators: Free positions of each modality index in the global batch.
             tasks: Task of each row, for the report.
             draws: Unused.
+            row_share: Rows of this micro-batch over those of the global batch.
 
         Raises:
             ConfigError: When the model does not shift its logits; it would see its targets.
@@ -66,7 +68,7 @@ class Autoregressive(CanvasObjective):
         nll = target_nll(model, output.hidden_states, inputs, inputs.is_free)
         loss = self.weighted_loss(nll, inputs, model.vocabulary, denominators)
         if output.auxiliary_loss is not None:
-            loss = loss + output.auxiliary_loss
+            loss = loss + row_share * output.auxiliary_loss
         is_bound = torch.ones(inputs.batch_size, dtype=torch.bool, device=inputs.device)
         terms = nelbo_terms(nll, inputs, model.vocabulary, is_bound=is_bound, tasks=tasks)
         return ObjectiveOutput(loss, terms, int(inputs.is_free.sum()), is_bound)

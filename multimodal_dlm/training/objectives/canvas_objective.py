@@ -53,6 +53,7 @@ class CanvasObjective(Objective):
         for record in records:
             for row, task in zip(record["rows"], record["tasks"], strict=True):
                 groups.setdefault(task, []).append(row)
+        num_rows = sum(len(rows) for rows in groups.values())
         drawn = {window: _stratified(groups, seed, step, window) for window in windows}
         contexts = []
         for batch in batches:
@@ -66,6 +67,7 @@ class CanvasObjective(Objective):
                     "denominators": denominators,
                     "tasks": batch.tasks,
                     "draws": batch.draws,
+                    "row_share": len(batch.rows) / num_rows,
                 }
             )
         return StepPlan(contexts, float(num_processes))

