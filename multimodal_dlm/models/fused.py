@@ -42,7 +42,8 @@ class NormModulate(Function):
         eps: float,
     ) -> Float[Tensor, "tokens width"]:
         """`rows`, `one_hot` and `shift` are None together: one row for all tokens, no shift."""
-        norm = torch.linalg.vector_norm(hidden_states, dim=-1, keepdim=True).float()
+        norm = torch.linalg.vector_norm(hidden_states, dim=-1, keepdim=True)
+        norm = norm.to(torch.promote_types(norm.dtype, torch.float32))
         scale = norm.square_().div_(hidden_states.shape[-1]).add_(eps).rsqrt_()
         scale = scale.to(hidden_states.dtype)
         normed = hidden_states * scale
