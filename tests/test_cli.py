@@ -4,7 +4,6 @@ import json
 import re
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -16,7 +15,10 @@ from multimodal_dlm.commands.parser import hyphens_to_underscores
 from multimodal_dlm.commands.pictures import box_mask, file_stem
 from multimodal_dlm.commands.reporting import find_format
 from multimodal_dlm.errors import ConfigError
+from multimodal_dlm.pipelines import UnifiedTextToImagePipeline, read_recipe
 from tests.conftest import REPOSITORY
+from tests.evaluation.toy import write_squares
+from tests.pipelines.tiny import tiny_components
 
 
 def run(capsys, *arguments: str) -> tuple[int, str, str]:
@@ -64,17 +66,15 @@ def test_version(capsys):
 
 
 def test_help_is_fast_and_imports_no_torch():
+    # Processor time: the same on a busy machine.
     code = (
-        "import sys\nfrom multimodal_dlm.cli import main\nmain(['generate', '--help'])\n"
-        "sys.exit('torch' in sys.modules or 'diffusers' in sys.modules)"
+        "import sys, time\nfrom multimodal_dlm.cli import main\nmain(['generate', '--help'])\n"
+        "assert not {'torch', 'diffusers', 'numpy'} & set(sys.modules)\n"
+        "sys.stderr.write(str(time.process_time()))"
     )
-    seconds = []
-    for _ in range(2):
-        start = time.perf_counter()
-        done = subprocess.run([sys.executable, "-c", code], capture_output=True, check=False)
-        seconds.append(time.perf_counter() - start)
-        assert done.returncode == 0, done.stderr
-    assert min(seconds) < 1.5
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert float(done.stderr) < 1.0
 
 
 def test_python_m_is_the_same_command():
@@ -246,3 +246,168 @@ def test_generate_caption_and_ask(capsys, in_repository, tmp_path):
     status, out, _ = run(capsys, "ask", path, "what is this?", "--format", "json")
     assert status == 0
     assert json.loads(out)["answers"][0]["answer"]
+
+
+# Commands on a tiny pipeline with random weights.
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a saved pipeline `pipeline`, a picture and the manifest of some squares."""
+    root = tmp_path_factory.mktemp("tiny")
+    UnifiedTextToImagePipeline(**tiny_components()).save_pretrained(root / "pipeline")
+    Image.new("RGB", (32, 32), (200, 30, 30)).save(root / "picture.png")
+    write_squares(root)
+    return root
+
+
+def succeed(capsys, *arguments: str) -> dict:
+    """The JSON result of a command."""
+    status, out, err = run(capsys, *arguments, "--format", "json")
+    assert status == 0, out + err
+    return json.loads(out)
+
+
+def test_generate_saves_pictures_with_recipes_that_repeat(capsys, tiny, tmp_path):
+    options = ["--pipeline", str(tiny / "pipeline"), "--num_inference_steps", "4"]
+    given = ["a red apple", "a pear", "--num-images-per-prompt", "2", "--seed", "5"]
+    values = succeed(capsys, "generate", *given, "--output", str(tmp_path), *options)
+    assert [row["seed"] for row in values["pictures"]] == [5, 6, 7, 8]
+    assert Path(values["sheet"]).is_file()
+    third = values["pictures"][2]
+    assert read_recipe(third["path"])["prompt"] == "a pear"
+    # Any picture is made again alone by its own seed.
+    alone = succeed(
+        capsys, "generate", "a pear", "--seed", "7", "--output", str(tmp_path / "alone"), *options
+    )
+    again = Image.open(alone["pictures"][0]["path"])
+    assert again.tobytes() == Image.open(third["path"]).tobytes()
+
+
+def test_inpaint_keeps_what_is_outside_the_hole(capsys, tiny, tmp_path):
+    values = succeed(
+        capsys, "inpaint", str(tiny / "picture.png"), "a red apple", "--box", "[0.5, 0, 1, 1]",
+        "--num_images", "2", "--output", str(tmp_path), "--pipeline", str(tiny / "pipeline"),
+    )  # fmt: skip
+    assert len(values["pictures"]) == 2
+    result = Image.open(values["pictures"][0]["path"])
+    assert result.crop((0, 0, 16, 32)).getcolors() == [(16 * 32, (200, 30, 30))]
+
+
+def test_joint_names_its_pictures(capsys, tiny, tmp_path):
+    pipeline = str(tiny / "pipeline")
+    values = succeed(
+        capsys, "joint", "--num_samples", "2", "--output", str(tmp_path), "--pipeline", pipeline
+    )
+    assert len(values["pictures"]) == 2
+    assert all(Path(row["path"]).is_file() for row in values["pictures"])
+
+
+def test_caption_and_ask(capsys, tiny):
+    picture, pipeline = str(tiny / "picture.png"), str(tiny / "pipeline")
+    values = succeed(
+        capsys, "caption", picture, picture, "--gen_length", "4", "--pipeline", pipeline
+    )
+    assert len(values["captions"]) == 2
+    values = succeed(capsys, "ask", picture, "what is this?", "is it red?", "--pipeline", pipeline)
+    assert [row["question"] for row in values["answers"]] == ["what is this?", "is it red?"]
+
+
+def test_human_output_names_the_files(capsys, tiny, tmp_path):
+    arguments = ["a pear", "--output", str(tmp_path), "--pipeline", str(tiny / "pipeline")]
+    status, out, _ = run(capsys, "generate", *arguments)
+    assert status == 0
+    assert f"{tmp_path}/000-a-pear.png  a pear" in out
+    assert "1 pictures in" in out
+
+
+def test_demo_on_a_tiny_pipeline(capsys, tiny, tmp_path):
+    values = succeed(
+        capsys, "demo", "--pipeline", str(tiny / "pipeline"), "--data", str(tiny / "squares.yaml"),
+        "--output", str(tmp_path),
+    )  # fmt: skip
+    assert values == json.loads((tmp_path / "demo.json").read_text())
+    assert {row["split"] for row in values["held_out"]} == {"test"}
+    assert {row["true_answer"] for row in values["held_out"]} == {"red", "yes", "blue"}
+    assert all(Path(path).is_file() for path in values["files"])
+
+
+def test_evaluate_on_a_tiny_pipeline(capsys, tiny, tmp_path):
+    output = tmp_path / "report.json"
+    given = ["--source", "squares", "--pipeline", str(tiny / "pipeline")]
+    manifest = str(tiny / "squares.yaml")
+    values = succeed(capsys, "evaluate", manifest, *given, "--output", str(output))
+    assert values["model"]["count"] == 6
+    assert values == json.loads(output.read_text())
+    assert "Did you mean `squares`?" in fail(capsys, "evaluate", manifest, "--source", "square")
+    wrong = fail(capsys, "evaluate", manifest, *given, "--task", "answer")
+    assert "Did you mean `answers`?" in wrong
+
+
+def test_card_is_written_beside_the_pipeline(capsys, tiny, tmp_path):
+    values = succeed(capsys, "card", str(tiny / "pipeline"), "--output", str(tmp_path / "card.md"))
+    assert values["lines"] > 20
+    assert "Vocabulary layout" in (tmp_path / "card.md").read_text()
+
+
+def test_too_long_a_prompt_is_a_sentence(capsys, tiny, tmp_path):
+    message = fail(
+        capsys, "generate", "apple " * 60, "--pipeline", str(tiny / "pipeline"),
+        "--output", str(tmp_path),
+    )  # fmt: skip
+    assert "20" in message
+    assert not list(tmp_path.iterdir())
+
+
+def test_unknown_device_is_a_sentence(capsys, tiny):
+    message = fail(
+        capsys, "generate", "a", "--pipeline", str(tiny / "pipeline"), "--device", "gpu0"
+    )
+    assert "`device` must be one that torch can use here; got `gpu0`" in message
+
+
+def test_data_inspect(capsys, tiny):
+    values = succeed(capsys, "data", "inspect", str(tiny / "squares.yaml"), "--validate", "true")
+    source = values["sources"]["squares"]
+    assert source["samples"] == {"train": 9, "test": 3}
+    assert source["validated"] == 12
+    status, out, _ = run(capsys, "data", "inspect", str(tiny / "squares.yaml"))
+    assert status == 0
+    assert "samples: train 9, test 3" in out
+    assert "a red square" in out
+
+
+def test_dry_run_of_the_smoke_config(capsys, monkeypatch):
+    monkeypatch.chdir(REPOSITORY)
+    values = succeed(capsys, "train", "--config", "configs/smoke.yaml", "--dry-run", "--seed", "3")
+    assert values["config"]["seed"] == 3
+    assert values["num_parameters"] > 100_000
+    assert values["tokens_per_step"] > 0
+
+
+def test_train_with_sample_sheets(capsys, tiny, tmp_path):
+    """Two steps of a tiny run: the sheets that the command line hands to the trainer are there."""
+    config = {
+        "output_dir": str(tmp_path / "run"),
+        "num_train_steps": 2,
+        "model": {"preset": "tiny", "max_text": 20, "unconditional_text": 4},
+        "tokenizers": {
+            "text": str(tiny / "pipeline" / "tokenizer"),
+            "image": str(tiny / "pipeline" / "image_tokenizer"),
+        },
+        "data": {
+            "manifest": str(tiny / "squares.yaml"),
+            "batch_size": 4,
+            "cache_dir": str(tmp_path / "cache"),
+        },
+        "mixed_precision": "no",
+        "sample_every_steps": 1,
+    }
+    path = tmp_path / "run.yaml"
+    path.write_text(yaml.safe_dump(config))
+    values = succeed(capsys, "train", "--config", str(path), "--optimizer.lr", "1e-3")
+    assert values["step"] == 2
+    samples = tmp_path / "run" / "samples"
+    assert sorted(each.name for each in samples.iterdir()) == [
+        "captions.json", "step_0000001.png", "step_0000002.png",
+    ]  # fmt: skip

@@ -58,16 +58,17 @@ def run_build(
     return Report(values, "\n".join(lines))
 
 
-def run_inspect(manifest: str, *, data_root: str | None = None) -> Report:
+def run_inspect(manifest: str, *, data_root: str | None = None, validate: bool = False) -> Report:
     """Show counts, licences and examples of a manifest.
 
     Args:
         manifest: YAML file.
         data_root: folder that holds the datasets' folders; null for the manifest's own folder
+        validate: also read and check every byte of every shard
     """
     from multimodal_dlm.datasets.build import inspect
 
-    values = inspect(manifest, data_root)
+    values = inspect(manifest, data_root, validate=validate)
     lines = [f"{values['name']}  {values['fingerprint'][:16]}"]
     for name, source in values["sources"].items():
         lines += _describe_source(name, source)
@@ -81,6 +82,8 @@ def _describe_source(name: str, source: dict[str, Any]) -> list[str]:
     if source["tasks"]:
         shares = ", ".join(f"{task} {share:.2f}" for task, share in source["tasks"].items())
         lines.append(f"  tasks: {shares}")
+    if "validated" in source:
+        lines.append(f"  validated: {source['validated']:,} samples, every byte")
     example = source.get("example")
     if example:
         lines += [f"  example {example['key']}:"]

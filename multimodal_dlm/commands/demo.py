@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any
 from multimodal_dlm.commands.loading import RELEASED_PIPELINE, load, require_folder, seeded
 from multimodal_dlm.commands.pictures import box_mask
 from multimodal_dlm.commands.reporting import Report, say
-from multimodal_dlm.errors import DataError
 
 if TYPE_CHECKING:
     from jsonargparse import ArgumentParser
@@ -50,7 +49,7 @@ def add_options(parser: "ArgumentParser", name: str) -> None:
 def run_demo(
     *,
     pipeline: str = RELEASED_PIPELINE,
-    data: str = "datasets/sample",
+    data: str = "datasets/sample.yaml",
     output: str = "out/demo",
     seed: int = 0,
     device: str = "auto",
@@ -59,14 +58,16 @@ def run_demo(
 
     Args:
         pipeline: folder of a saved pipeline, or `owner/name` on the Hub
-        data: manifest, or folder with one, of held-out pictures to describe
+        data: manifest of the held-out pictures to describe
         output: folder for `prompts.png`, `inpaint.png` and `demo.json`
         seed: of the first picture; picture i has seed + i
         device: auto, cpu, cuda, cuda:1, mps
     """
     start = time.perf_counter()
     require_folder(pipeline)
-    manifest = find_manifest(data)
+    from multimodal_dlm.datasets.manifest import open_manifest
+
+    manifest = open_manifest(data)
     loaded = load("UnifiedTextToImagePipeline", pipeline, device)
     folder = Path(output)
     folder.mkdir(parents=True, exist_ok=True)
@@ -92,24 +93,6 @@ def run_demo(
     return Report(values, _summary(rows, values))
 
 
-def find_manifest(data: str) -> "Manifest":
-    """Open a manifest, or the only mixture (else the first manifest) of a folder.
-
-    Raises:
-        DataError: When there is no manifest.
-    """
-    from multimodal_dlm.datasets.manifest import open_manifest
-
-    path = Path(data)
-    if path.is_dir():
-        candidates = sorted(path.glob("*.yaml"))
-        named = [each for each in candidates if each.stem in ("manifest", "mixture", path.name)]
-        if not candidates:
-            raise DataError(f"`data` must hold a manifest (*.yaml); got the folder `{data}`.")
-        path = (named or candidates)[0]
-    return open_manifest(path)
-
-
 def held_out_samples(manifest: "Manifest") -> "list[tuple[str, str, Sample]]":
     """The first pictures of a held-out split of every source: (source, split, sample)."""
     from itertools import islice
@@ -120,8 +103,9 @@ def held_out_samples(manifest: "Manifest") -> "list[tuple[str, str, Sample]]":
     for source in manifest.sources.values():
         split = next((name for name in HELD_OUT_SPLITS if source.count(name)), None)
         if split is not None:
-            pictures = islice(iterate_samples(source, split), PICTURES_PER_SOURCE)
-            found += [(source.name, split, sample) for sample in pictures]
+            pictures = (s for s in iterate_samples(source, split) if s.image_bytes is not None)
+            first = islice(pictures, PICTURES_PER_SOURCE)
+            found += [(source.name, split, sample) for sample in first]
     return found
 
 

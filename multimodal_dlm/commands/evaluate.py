@@ -4,18 +4,19 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from multimodal_dlm.commands.demo import find_manifest
-from multimodal_dlm.commands.loading import RELEASED_PIPELINE, load
+from multimodal_dlm.commands.loading import RELEASED_PIPELINE, load, require_folder
 from multimodal_dlm.commands.reporting import Report, say
 from multimodal_dlm.errors import unknown_name
 
 if TYPE_CHECKING:
     from jsonargparse import ArgumentParser
 
+TASKS = ("answers", "captions")
+
 
 def add_options(parser: "ArgumentParser", name: str) -> None:
     """Add the options of the command."""
-    parser.add_argument("manifest", type=str, help="YAML file, or a folder with one")
+    parser.add_argument("manifest", type=str, help="YAML file")
     parser.add_function_arguments(run_evaluate, skip={"manifest"}, as_group=False)
 
 
@@ -26,6 +27,7 @@ def run_evaluate(
     split: str = "test",
     task: str = "answers",
     pipeline: str = RELEASED_PIPELINE,
+    data_root: str | None = None,
     limit: int | None = None,
     batch_size: int = 64,
     output: str | None = None,
@@ -40,22 +42,26 @@ def run_evaluate(
         task: answers (exact match beside the blind baseline) or captions (exact name beside the
             nearest training picture)
         pipeline: folder of a saved pipeline, or `owner/name` on the Hub
+        data_root: folder that holds the datasets' folders; null for the manifest's own folder
         limit: questions or pictures at most; null for all
         batch_size: questions or pictures at once
         output: JSON file for the result; null writes none
         device: auto, cpu, cuda, cuda:1, mps
     """
-    from multimodal_dlm.evaluation.understanding import evaluate_answers, evaluate_captions
+    from multimodal_dlm.datasets.manifest import open_manifest
 
-    tasks = {"answers": evaluate_answers, "captions": evaluate_captions}
-    if task not in tasks:
-        raise unknown_name("task", task, tasks)
-    sources = find_manifest(manifest).sources
+    if task not in TASKS:
+        raise unknown_name("task", task, TASKS)
+    sources = open_manifest(manifest, data_root).sources
     if source not in sources:
         raise unknown_name("source", source, sources)
+    require_folder(pipeline)
+    from multimodal_dlm.evaluation import understanding
+
     loaded = load("UnifiedImageToTextPipeline", pipeline, device)
     say(f"measuring {task} of {source}, split {split}")
-    result = tasks[task](loaded, sources[source], split=split, limit=limit, batch_size=batch_size)
+    measure = getattr(understanding, f"evaluate_{task}")
+    result = measure(loaded, sources[source], split=split, limit=limit, batch_size=batch_size)
     values = {"task": task, "source": source, "split": split, "pipeline": pipeline, **result}
     if output is not None:
         Path(output).parent.mkdir(parents=True, exist_ok=True)

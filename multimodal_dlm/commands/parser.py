@@ -16,6 +16,7 @@ _WRONG_VALUE = re.compile(r'Parser key "([^"]+)":\s*(.*)', re.DOTALL)
 _UNKNOWN_KEY = re.compile(r'(?:Key|Option) "?\'?([\w.]+)"?\'? is not (?:accepted|expected)')
 _UNION = re.compile(r"Subtypes: \[(.*?)\].*Given value: (.*)$")
 _FOREIGN_KEY = re.compile(r"Subcommand '([\w ]+)' does not accept option '([\w.]+)'")
+_NO_COMMAND = re.compile(r"to be one of \{(.*?)\}, but it was not provided")
 _OPTIONS = " [options]"
 _MISSING = re.compile(r"arguments are required: (.*)")
 
@@ -76,18 +77,22 @@ class CommandParser(ArgumentParser):
             names = ", ".join(f"`{name.split('.')[-1]}`" for name in found[1].split(", "))
             is_command = bool(path) and path[0] in self._commands()
             return f"{names} must be given. {self._remedy(path if is_command else [])}"
-        if "to be one of {" in message and "not provided" in message:
-            return f"A command must be given. {remedy}"
+        if found := _NO_COMMAND.search(message):
+            names = set(found[1].split(","))
+            group = [name for name in self._commands() if set(self._commands(name)) == names]
+            return f"A command must be given. {self._remedy(group)}"
         return f"{_one_line(message)} {remedy}"
 
     def _remedy(self, path: Iterable[str] = ()) -> str:
         command = " ".join([self._command(), *path])
         return f"Run `{command} --help` for all options."
 
-    def _commands(self) -> Iterable[str]:
+    def _commands(self, group: str | None = None) -> Iterable[str]:
         for action in self._actions:
-            if action.dest == "command":
+            if action.dest == "command" and group is None:
                 yield from action.choices or ()
+            elif action.dest == "command":
+                yield from action.choices[group]._commands()  # type: ignore[index]
 
     def _command(self) -> str:
         return self.prog.replace(_OPTIONS, "")

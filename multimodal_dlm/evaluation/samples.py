@@ -113,7 +113,7 @@ class BackboneSamples:
 
     Args:
         held_out: Pictures to describe.
-        prompts: What to draw.
+        prompts: What to draw; those longer than the model's text window are left out.
         seed: Of the drawings, the same at every step so that sheets can be compared.
     """
 
@@ -145,11 +145,17 @@ class BackboneSamples:
                 state.log(self._describe(pipe, folder / "captions.json", state.step))
 
     def _draw(self, pipe: UnifiedTextToImagePipeline, path: Path) -> None:
-        seeds = range(self.seed, self.seed + len(self.prompts))
+        longest = pipe.processor.layout["max_window"]["text"] - 1  # One place is `<eos>`.
+        prompts = [
+            prompt
+            for prompt in self.prompts
+            if len(pipe.tokenizer.encode(prompt, add_special_tokens=False)) <= longest
+        ]
+        seeds = range(self.seed, self.seed + len(prompts))
         generators = [torch.Generator().manual_seed(seed) for seed in seeds]
         draw: Any = pipe
-        images = draw(self.prompts, generator=generators).images
-        contact_sheet(images, self.prompts).save(path)
+        images = draw(prompts, generator=generators).images
+        contact_sheet(images, prompts).save(path)
         logger.info("Wrote %s.", path)
 
     def _describe(

@@ -1,0 +1,48 @@
+"""Exact match and the name inside a caption."""
+
+import math
+
+import pytest
+
+from multimodal_dlm.evaluation.text_metrics import Accuracy, exact_match, name_of_caption
+
+
+@pytest.mark.parametrize(
+    ("caption", "name"),
+    [
+        ("red apple", "red apple"),
+        ("a red apple", "red apple"),
+        ("a flat fluent emoji of a red apple", "red apple"),
+        ("an emojione emoji of an ant", "ant"),
+        ("a black and white emoji of red hair", "red hair"),
+        ("a red apple, twemoji style, on a blue background", "red apple"),
+        ("an apple on a white background", "apple"),
+        ("a blue circle on a pale background", "blue circle"),
+        ("a picture of a red apple. tags: fruit, food", "red apple"),
+        ("red apple. tags: fruit", "red apple"),
+        ("A Red  Apple.", "red apple"),
+        ("a flat fluent emoji of flag of france", "flag of france"),
+        ("", ""),
+    ],
+)
+def test_the_name_of_a_caption(caption, name):
+    assert name_of_caption(caption) == name
+
+
+def test_exact_match_ignores_case_blanks_and_the_full_stop():
+    assert exact_match("Yes.", "yes")
+    assert exact_match(" red  apple", "red apple")
+    assert not exact_match("red apples", "red apple")
+
+
+def test_accuracy_counts_by_kind():
+    accuracy = Accuracy().extend([("a", True), ("a", False), ("b", True), ("b", True)])
+    values = accuracy.to_dict()
+    assert values["accuracy"] == 0.75
+    assert values["by_type"] == {"a": 0.5, "b": 1.0}
+    assert values["count"] == 4
+    assert values["standard_error"] == pytest.approx(math.sqrt(0.75 * 0.25 / 4), abs=1e-4)
+
+
+def test_no_answer_has_no_accuracy():
+    assert math.isnan(Accuracy().overall)

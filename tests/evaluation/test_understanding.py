@@ -1,0 +1,70 @@
+"""Captions and answers measured on real shards with readers whose quality is known."""
+
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+from multimodal_dlm.datasets import open_manifest
+from multimodal_dlm.errors import DataError
+from multimodal_dlm.evaluation.understanding import evaluate_answers, evaluate_captions
+from multimodal_dlm.pipelines import UnifiedImageToTextPipeline
+from tests.evaluation.toy import COLORS, write_squares
+from tests.pipelines.tiny import tiny_components
+
+
+class Oracle:
+    """Reads the color off the pixels."""
+
+    def __init__(self):
+        self.batches = []
+
+    def __call__(self, images, questions=None):
+        self.batches.append(len(images))
+        names = [COLORS[np.asarray(image)[16, 16].argmax()] for image in images]
+        if questions is None:
+            texts = [f"a noto emoji of a {name} square" for name in names]
+        else:
+            pairs = zip(names, questions, strict=True)
+            texts = [name if "color" in question else "no" for name, question in pairs]
+        return SimpleNamespace(texts=texts)
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory):
+    path = write_squares(tmp_path_factory.mktemp("data"))
+    return open_manifest(path).sources["squares"]
+
+
+def test_answers_of_a_known_reader(source):
+    oracle = Oracle()
+    result = evaluate_answers(oracle, source, split="test", batch_size=4)
+    assert oracle.batches == [4, 2]
+    assert result["model"]["by_type"] == {"color": 1.0, "yes_no": 0.0}
+    assert result["model"]["accuracy"] == 0.5
+    # Blind: every "is it a square?" is yes; of three balanced colors it always says blue.
+    assert result["blind"]["by_type"] == {"color": round(1 / 3, 4), "yes_no": 1.0}
+
+
+def test_captions_of_a_known_reader_and_its_neighbors(source):
+    result = evaluate_captions(Oracle(), source, split="test")
+    assert result["model"]["accuracy"] == 1.0
+    assert result["nearest_neighbour_pixels"]["accuracy"] == 1.0
+    assert result["model"]["count"] == 3
+
+
+def test_limit(source):
+    assert evaluate_answers(Oracle(), source, split="test", limit=2)["model"]["count"] == 2
+    assert evaluate_captions(Oracle(), source, split="test", limit=1)["model"]["count"] == 1
+
+
+def test_unknown_split_is_a_data_error(source):
+    with pytest.raises(DataError, match=r"split `val`.*`train`"):
+        evaluate_answers(Oracle(), source, split="val")
+
+
+def test_a_real_pipeline_is_measured(source):
+    pipe = UnifiedImageToTextPipeline(**tiny_components())
+    pipe.set_progress_bar_config(disable=True)
+    result = evaluate_answers(pipe, source, split="test", limit=4, batch_size=2)
+    assert result["model"]["count"] == 4
