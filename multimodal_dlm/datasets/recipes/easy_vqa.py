@@ -26,6 +26,7 @@ class EasyVqaRecipe(Recipe):
     """The packaged pictures and questions; the official test split, and 5 % of train as val."""
 
     name = "easy_vqa"
+    version = 2
     packages = (
         SourcePackage(
             "easy-vqa", "1.0", "pypi", "MIT", "Victor Zhou, https://github.com/vzhou842/easy-VQA"
@@ -90,7 +91,7 @@ class EasyVqaRecipe(Recipe):
         for number, path in self._pictures[split]:
             questions = self._questions[origin][number]
             colour = deduce(questions, COLOURS) or self._nearest_colour(path)
-            shape = deduce(questions, SHAPES) or "shape"
+            shape = deduce(questions, SHAPES) or shape_in(decode_image(path.read_bytes(), str(path)))
             record = Record(
                 key=f"{origin}-{number:05d}",
                 source="easy_vqa",
@@ -138,12 +139,23 @@ def deduce(questions: list[QuestionAnswer], words: tuple[str, ...]) -> str | Non
     return left.pop() if len(left) == 1 else None
 
 
+def shape_in(pixels: np.ndarray) -> str:
+    """The shape by how much of its bounding box it fills: all, pi / 4, or half."""
+    is_shape = (pixels != _shape_colour(pixels)).sum(axis=2) == 0
+    rows, columns = np.nonzero(is_shape.any(axis=1))[0], np.nonzero(is_shape.any(axis=0))[0]
+    box = (rows[-1] - rows[0] + 1) * (columns[-1] - columns[0] + 1)
+    share = is_shape.sum() / box
+    return "rectangle" if share > 0.95 else "circle" if share > 0.65 else "triangle"
+
+
+def _shape_colour(pixels: np.ndarray) -> np.ndarray:
+    """The most frequent colour but one: the most frequent is the background's."""
+    colours, counts = np.unique(pixels.reshape(-1, 3), axis=0, return_counts=True)
+    return colours[np.argsort(-counts)[1]]
+
+
 def _shape_pixel(path: Path) -> np.ndarray:
-    """Colour of the shape: the most frequent pixel that is not the background's."""
-    pixels = decode_image(path.read_bytes(), str(path)).reshape(-1, 3)
-    colours, counts = np.unique(pixels, axis=0, return_counts=True)
-    order = [i for i in np.argsort(-counts) if not np.array_equal(colours[i], pixels[0])]
-    return colours[order[0]].astype(np.float64)
+    return _shape_colour(decode_image(path.read_bytes(), str(path))).astype(np.float64)
 
 
 def _shuffled(item: tuple[int, str]) -> float:

@@ -60,6 +60,7 @@ class EmojiRecipe(Recipe):
     """Single emoji, 64 x 64; two renderings of each training drawing, one of the others."""
 
     name = "emoji"
+    version = 2
     packages = PACKAGES
     splits = ("train", "val", "test", "unseen_combinations")
     caption_templates = (

@@ -16,6 +16,7 @@ class EmojiTextRecipe(Recipe):
     """What are the tags of a name, what has these tags, what kind of thing is it."""
 
     name = "emoji_text"
+    version = 2
     packages = (EMOJIBASE,)
     splits = ("train", "val", "test")
     caption_templates = ("{a name}. tags: {up to three tags}",)
