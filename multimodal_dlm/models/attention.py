@@ -6,7 +6,7 @@ wins in float32 and on long rows. Every call names its backend, because Diffuser
 changes a process-wide default.
 """
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 from diffusers.models.attention import AttentionModuleMixin
@@ -163,12 +163,16 @@ class UnifiedAttention(nn.Module, AttentionModuleMixin):
         self.to_out = nn.Linear(num_heads * head_dim, hidden_size, bias=False)
         self.norm_q = nn.RMSNorm(head_dim, eps=eps) if qk_norm else None
         self.norm_k = nn.RMSNorm(head_dim, eps=eps) if qk_norm else None
-        self.set_processor(UnifiedAttnProcessor())
+        self.set_processor(cast(Any, UnifiedAttnProcessor()))
 
     @property
     def is_plain(self) -> bool:
         """True without grouped queries and without query and key norms."""
         return self.norm_q is None and self.num_heads == self.num_key_value_heads
+
+    def use_backend(self, name: str) -> None:
+        """Choose the backend of this layer, see `check_backend`."""
+        cast("UnifiedAttnProcessor", self.processor)._attention_backend = name
 
     def split_heads(self, qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Queries, keys and values, (batch, length, heads, head_dim), normalised if asked for."""
@@ -188,7 +192,8 @@ class UnifiedAttention(nn.Module, AttentionModuleMixin):
         kv_cache: PrefixCache | None = None,
     ) -> Tensor:
         """Attend under the plan; (batch, length, width) in and out."""
-        return self.processor(self, hidden_states, rotary, plan, kv_cache)
+        processor = cast("UnifiedAttnProcessor", self.processor)
+        return processor(self, hidden_states, rotary, plan, kv_cache)
 
 
 def _cast_norm(norm: nn.RMSNorm, values: Tensor) -> Tensor:

@@ -6,11 +6,12 @@ On two AMX cores the fused ones cut the elementwise part of a training step by m
 because the CPU has no fused backward for RMSNorm and accumulates embedding gradients in bf16.
 """
 
+from typing import Any
+
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.autograd import Function
-from torch.autograd.function import FunctionCtx
 
 
 def use_fused(hidden_states: Tensor) -> bool:
@@ -33,7 +34,7 @@ class NormModulate(Function):
 
     @staticmethod
     def forward(
-        ctx: FunctionCtx,
+        ctx: Any,
         hidden_states: Float[Tensor, "tokens width"],
         factor: Float[Tensor, "rows width"],
         shift: Float[Tensor, "rows width"] | None,
@@ -53,7 +54,7 @@ class NormModulate(Function):
         return torch.addcmul(_pick(shift, rows), normed, _pick(factor, rows))
 
     @staticmethod
-    def backward(ctx: FunctionCtx, grad: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         """Equals scale x (g - normed x mean(g x normed)) with g = grad x factor."""
         normed, scale, factor, rows, one_hot = ctx.saved_tensors
         grad_shift = None
@@ -74,7 +75,7 @@ class GatedAdd(Function):
 
     @staticmethod
     def forward(
-        ctx: FunctionCtx,
+        ctx: Any,
         hidden_states: Float[Tensor, "tokens width"],
         update: Float[Tensor, "tokens width"],
         gate: Float[Tensor, "rows width"],
@@ -86,7 +87,7 @@ class GatedAdd(Function):
         return torch.addcmul(hidden_states, update, _pick(gate, rows))
 
     @staticmethod
-    def backward(ctx: FunctionCtx, grad: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         """The table's gradient is a matrix product: accumulated in float32, not row by row."""
         update, gate, rows, one_hot = ctx.saved_tensors
         grad_gate = one_hot @ (grad * update)
@@ -102,7 +103,7 @@ class GatedLinear(Function):
 
     @staticmethod
     def forward(
-        ctx: FunctionCtx,
+        ctx: Any,
         inputs: Float[Tensor, "tokens inner"],
         weight: Float[Tensor, "two_width inner"],
     ) -> Float[Tensor, "tokens width"]:
@@ -112,18 +113,18 @@ class GatedLinear(Function):
         gate, up = inputs @ gate_weight.t(), inputs @ up_weight.t()
         activated = torch.nn.functional.silu(gate)
         ctx.save_for_backward(inputs, low, gate, up, activated)
-        ctx.weight_dtype = weight.dtype  # type: ignore[attr-defined]
+        ctx.weight_dtype = weight.dtype
         return activated * up
 
     @staticmethod
-    def backward(ctx: FunctionCtx, grad: Tensor) -> tuple[Tensor, Tensor]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
         """Gradients of inputs and weight."""
         inputs, low, gate, up, activated = ctx.saved_tensors
         grad_up = grad * activated
         grad_gate = torch.ops.aten.silu_backward(grad * up, gate)
         gate_weight, up_weight = low.chunk(2)
         grad_inputs = torch.addmm(grad_gate @ gate_weight, grad_up, up_weight)
-        dtype = ctx.weight_dtype  # type: ignore[attr-defined]
+        dtype = ctx.weight_dtype
         grad_weight = torch.empty(low.shape, dtype=dtype, device=low.device)
         flipped = inputs.t().contiguous()
         for part, grad_part in zip(grad_weight.chunk(2), (grad_gate, grad_up), strict=True):
@@ -155,7 +156,7 @@ class RotaryAttention(Function):
 
     @staticmethod
     def forward(
-        ctx: FunctionCtx,
+        ctx: Any,
         qkv: Float[Tensor, "batch length three_heads dim"],
         cos: Float[Tensor, "batch length dim"],
         sin: Float[Tensor, "batch length dim"],
@@ -184,7 +185,7 @@ class RotaryAttention(Function):
         return _copy_heads(qkv.new_empty(batch, length, heads, dim), out).flatten(2)
 
     @staticmethod
-    def backward(ctx: FunctionCtx, grad: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         """With dS = P x (dP - rowsum(dP x P)); the rotary is undone by the opposite angle."""
         query, key, value, weights, cos, sin = ctx.saved_tensors
         batch, length = grad.shape[:2]
@@ -215,23 +216,23 @@ class WideLinear(Function):
 
     @staticmethod
     def forward(
-        ctx: FunctionCtx, inputs: Float[Tensor, "tokens inner"], weight: Float[Tensor, "out inner"]
+        ctx: Any, inputs: Float[Tensor, "tokens inner"], weight: Float[Tensor, "out inner"]
     ) -> Float[Tensor, "tokens out"]:
         """`weight` may be float32; it is cast to the dtype of `inputs`."""
         low = weight.to(inputs.dtype)
         ctx.save_for_backward(inputs, low)
-        ctx.weight_dtype = weight.dtype  # type: ignore[attr-defined]
+        ctx.weight_dtype = weight.dtype
         return inputs @ low.t()
 
     @staticmethod
-    def backward(ctx: FunctionCtx, grad: Tensor) -> tuple[Tensor, Tensor]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
         """Gradients of inputs and weight."""
         inputs, low = ctx.saved_tensors
         if inputs.shape[1] <= grad.shape[1]:
             grad_weight = (inputs.t().contiguous() @ grad).t()
         else:
             grad_weight = grad.t().contiguous() @ inputs
-        dtype = ctx.weight_dtype  # type: ignore[attr-defined]
+        dtype = ctx.weight_dtype
         result = torch.empty(low.shape, dtype=dtype, device=low.device).copy_(grad_weight)
         return grad @ low, result
 

@@ -10,7 +10,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -382,11 +382,10 @@ class UnifiedTransformerModel(
             theta=self.config["rope_theta"],
             dtype=hidden_states.dtype,
         )
+        checkpoint = cast(Any, self._gradient_checkpointing_func)
         for block in self.blocks:
             if torch.is_grad_enabled() and self.gradient_checkpointing:
-                hidden_states = self._gradient_checkpointing_func(
-                    block, hidden_states, rotary, plan, modulation, kv_cache
-                )
+                hidden_states = checkpoint(block, hidden_states, rotary, plan, modulation, kv_cache)
             else:
                 hidden_states = block(hidden_states, rotary, plan, modulation, kv_cache)
         return self.norm(hidden_states)
@@ -428,7 +427,7 @@ class UnifiedTransformerModel(
                 ) from error
         for module in self.modules():
             if isinstance(module, UnifiedAttention):
-                module.processor._attention_backend = name
+                module.use_backend(name)
 
     def reset_attention_backend(self) -> None:
         """Back to the automatic choice."""
