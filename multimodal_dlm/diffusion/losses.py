@@ -19,8 +19,9 @@ from multimodal_dlm.diffusion.masking import exact_count_weight
 from multimodal_dlm.errors import ConfigError
 
 CHUNK_ELEMENTS = 2**25  # 128 MiB of float32 logits
-TINY = 1e-30
-SMALLEST_ALPHA = 1e-12
+# Where t is within rounding of 0 or 1 a rate is a ratio of vanishing numbers; with these floors
+# its gradient, of order 1 / floor^3, stays finite.
+FLOORS = {torch.float32: 1e-10, torch.float64: 1e-30}
 
 Head = Callable[[Tensor], Tensor]
 
@@ -174,7 +175,9 @@ def absorbing_nelbo_rate(
         mask_schedule: Gives alpha.
     """
     times = t.double()
-    weight = -mask_schedule.alpha_derivative(times) / mask_schedule.mask_rate(times).clamp(min=TINY)
+    weight = -mask_schedule.alpha_derivative(times) / mask_schedule.mask_rate(times).clamp(
+        min=1e-30
+    )
     return weight.to(nll.dtype)[:, None] * nll.masked_fill(~is_masked, 0.0)
 
 
@@ -212,10 +215,10 @@ def uniform_nelbo_rate(
     probs = logits.to(dtype).softmax(dim=-1)
     num_columns = logits.shape[-1]
     times = t.double()
-    alpha = mask_schedule.alpha(times).clamp(min=SMALLEST_ALPHA)
+    alpha = mask_schedule.alpha(times).clamp(min=FLOORS[dtype])
     beta = -mask_schedule.alpha_derivative(times) / alpha
     # q(v | x_0) is `other` for v != x_0 and `other + alpha` for v = x_0.
-    other = mask_schedule.mask_rate(times).clamp(min=TINY) / num_columns
+    other = (mask_schedule.mask_rate(times) / num_columns).clamp(min=FLOORS[dtype])
     alpha, beta, other = (value.to(dtype)[:, None] for value in (alpha, beta, other))
 
     probs_moved = probs.scatter(-1, input_ids[..., None], 0.0)
