@@ -142,8 +142,9 @@ def inspect(
     for name, source in opened.sources.items():
         readers = {s: ShardReader(shards, source=name) for s, shards in source.splits.items()}
         first = next((reader for reader in readers.values() if len(reader)), None)
-        seen = first and [first.record(i) for i in range(min(len(first), INSPECTED_RECORDS))]
-        types = Counter(asked.type for record in seen or () for asked in record.qa)
+        most = min(len(first), INSPECTED_RECORDS) if first is not None else 0
+        seen = [first.record(index) for index in range(most)] if first is not None else []
+        types = Counter(asked.type for record in seen for asked in record.qa)
         sources[name] = {
             "weight": source.weight,
             "tasks": dict(source.tasks),

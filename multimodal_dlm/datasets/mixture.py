@@ -237,7 +237,7 @@ def task_texts(
     weights = caption_weights.get(task) or [1] * len(record.captions)
     if len(weights) != len(record.captions):
         raise DataError(
-            f"`caption_weights.{task}` must have one weight for each caption; got {len(weights)} for"
-            f" the {len(record.captions)} captions of sample {record.key}."
+            f"`caption_weights.{task}` must have one weight for each caption; got {len(weights)}"
+            f" for the {len(record.captions)} captions of sample {record.key}."
         )
     return None, record.captions[pick(u, weights)]

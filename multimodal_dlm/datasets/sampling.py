@@ -7,8 +7,8 @@ every machine and in every later version.
 """
 
 import hashlib
-from functools import lru_cache
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import Any, TypeVar
 
 import numpy as np
@@ -76,6 +76,6 @@ def pick(u: float, weights: Sequence[float]) -> int:
 
 
 def hash_fraction(*parts: Any) -> float:
-    """Number in [0, 1) from the SHA-256 of the parts: decides splits and looks, for ever the same."""
+    """Number in [0, 1) from the SHA-256 of the parts: decides splits, for ever the same."""
     digest = hashlib.sha256("|".join(str(part) for part in parts).encode()).digest()
     return int.from_bytes(digest[:8], "big") / _WORD

@@ -125,7 +125,10 @@ class Record:
             fail(f"`captions` must hold 1 to {MAX_TEXTS} texts", len(self.captions))
         if len(self.qa) > MAX_TEXTS:
             fail(f"`qa` must hold at most {MAX_TEXTS} questions", len(self.qa))
-        texts = [*self.captions, *(part for q in self.qa for part in (q.question, q.answer, q.type))]
+        texts = [
+            *self.captions,
+            *(part for q in self.qa for part in (q.question, q.answer, q.type)),
+        ]
         for text in texts:
             if not isinstance(text, str) or not 0 < len(text) <= MAX_TEXT_CHARACTERS:
                 fail(f"texts must have 1 to {MAX_TEXT_CHARACTERS} characters", text)

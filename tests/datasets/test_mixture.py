@@ -137,6 +137,7 @@ def test_ranks_together_give_the_global_batch(manifest: Manifest, world_size: in
     assert [[row for part in parts for row in part] for parts in zip(*ranks, strict=True)] == whole
 
 
+@pytest.mark.filterwarnings("ignore:This DataLoader will create")
 @pytest.mark.parametrize("num_workers", [1, 2])
 def test_workers_give_the_same_batches_in_turn(manifest: Manifest, num_workers: int) -> None:
     whole = batches(MixtureReader(manifest, batch_size=BATCH), 9)

@@ -17,7 +17,11 @@ from multimodal_dlm.errors import DataError
 
 VAL_SHARE = 0.05
 SHAPES = ("circle", "rectangle", "triangle")
-COLOURS = ("black", "blue", "brown", "gray", "green", "red", "teal", "yellow")
+PALETTE = {
+    "black": (0, 0, 0), "blue": (0, 0, 255), "brown": (165, 42, 42), "gray": (128, 128, 128),
+    "green": (0, 255, 0), "red": (255, 0, 0), "teal": (0, 128, 128), "yellow": (255, 255, 0),
+}  # fmt: skip
+COLOURS = tuple(PALETTE)
 _NEGATIONS = {"not", "no"}
 
 
@@ -71,16 +75,6 @@ class EasyVqaRecipe(Recipe):
             found[split] = by_picture
         return found
 
-    @cached_property
-    def _palette(self) -> dict[str, np.ndarray]:
-        """Mean pixel of each colour, over training pictures whose questions settle the colour."""
-        seen: dict[str, list[np.ndarray]] = defaultdict(list)
-        for number, path in self._pictures["train"]:
-            colour = deduce(self._questions["train"][number], COLOURS)
-            if colour is not None:
-                seen[colour].append(_shape_pixel(path))
-        return {colour: np.median(pixels, axis=0) for colour, pixels in seen.items()}
-
     def count(self, split: str) -> int:
         """One sample for each picture."""
         return len(self._pictures[split])
@@ -90,8 +84,10 @@ class EasyVqaRecipe(Recipe):
         origin = "test" if split == "test" else "train"
         for number, path in self._pictures[split]:
             questions = self._questions[origin][number]
-            colour = deduce(questions, COLOURS) or self._nearest_colour(path)
-            shape = deduce(questions, SHAPES) or shape_in(decode_image(path.read_bytes(), str(path)))
+            data = path.read_bytes()
+            pixels = decode_image(data, str(path))
+            colour = deduce(questions, COLOURS) or colour_in(pixels)
+            shape = deduce(questions, SHAPES) or shape_in(pixels)
             record = Record(
                 key=f"{origin}-{number:05d}",
                 source="easy_vqa",
@@ -106,11 +102,7 @@ class EasyVqaRecipe(Recipe):
                     "credit": self.packages[0].credit,
                 },
             )
-            yield Sample(record, path.read_bytes())
-
-    def _nearest_colour(self, path: Path) -> str:
-        pixel = _shape_pixel(path)
-        return min(self._palette, key=lambda c: float(np.abs(self._palette[c] - pixel).sum()))
+            yield Sample(record, data)
 
 
 def question_type(answer: str) -> str:
@@ -139,6 +131,12 @@ def deduce(questions: list[QuestionAnswer], words: tuple[str, ...]) -> str | Non
     return left.pop() if len(left) == 1 else None
 
 
+def colour_in(pixels: np.ndarray) -> str:
+    """The name of the shape's colour."""
+    colour = _shape_colour(pixels).astype(int)
+    return min(PALETTE, key=lambda name: int(np.abs(colour - PALETTE[name]).sum()))
+
+
 def shape_in(pixels: np.ndarray) -> str:
     """The shape by how much of its bounding box it fills: all, pi / 4, or half."""
     is_shape = (pixels != _shape_colour(pixels)).sum(axis=2) == 0
@@ -152,10 +150,6 @@ def _shape_colour(pixels: np.ndarray) -> np.ndarray:
     """The most frequent colour but one: the most frequent is the background's."""
     colours, counts = np.unique(pixels.reshape(-1, 3), axis=0, return_counts=True)
     return colours[np.argsort(-counts)[1]]
-
-
-def _shape_pixel(path: Path) -> np.ndarray:
-    return _shape_colour(decode_image(path.read_bytes(), str(path))).astype(np.float64)
 
 
 def _shuffled(item: tuple[int, str]) -> float:

@@ -20,6 +20,7 @@ BACKGROUNDS: dict[str, tuple[int, int, int]] = {
     "orange": (252, 215, 175),
 }
 WHITE_SHARE = 0.6
+FAINTEST_ALPHA = 16  # Fainter pixels, out of 255, do not count as drawn.
 
 
 def rasterise(svg: str) -> Image.Image:
@@ -45,7 +46,8 @@ def rasterise(svg: str) -> Image.Image:
 
 def crop_to_ink(sprite: Image.Image) -> Image.Image:
     """The square around what is visible, so that objects of a scene fill their places."""
-    box = sprite.getchannel("A").point(lambda value: 255 * (value > 16)).getbbox()
+    visible = np.asarray(sprite.getchannel("A")) > FAINTEST_ALPHA
+    box = Image.fromarray(visible).getbbox()
     if box is None:
         return sprite
     left, top, right, bottom = box
