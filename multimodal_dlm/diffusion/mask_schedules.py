@@ -136,7 +136,7 @@ class PolynomialSchedule(MaskSchedule):
         ConfigError: When the power is not a finite number above 0.
     """
 
-    power: float = 2.0
+    power: int | float = 2.0
 
     def __post_init__(self) -> None:
         _check_positive("power", self.power, 2)
@@ -169,7 +169,7 @@ class GeometricSchedule(MaskSchedule):
         ConfigError: When the growth is not a finite number above 0.
     """
 
-    growth: float = 3.0
+    growth: int | float = 3.0
 
     def __post_init__(self) -> None:
         _check_positive("growth", self.growth, 3)
