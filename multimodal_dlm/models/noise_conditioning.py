@@ -20,7 +20,7 @@ NOISE_CONDITIONINGS = ("ada_norm_single", "additive", "none")
 _NUM_FREQUENCIES = 128
 
 
-def level_index(noise_levels: Float[Tensor, "batch length"]) -> Int[Tensor, "batch length"]:
+def level_index(noise_levels: Float[Tensor, "*shape"]) -> Int[Tensor, "*shape"]:
     """ceil(256 x level): 257 rows, and a masked token is never row 0."""
     return torch.ceil(noise_levels * (NUM_LEVELS - 1)).long().clamp(0, NUM_LEVELS - 1)
 

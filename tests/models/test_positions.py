@@ -62,4 +62,4 @@ def test_wrong_axes_are_refused():
     with pytest.raises(ConfigError, match="even"):
         check_axes((7, 9), 16)
     with pytest.raises(ConfigError, match="3 axes"):
-        rotary_tables(torch.zeros(1, 2, 2), axes_dims=(8, 4, 4), theta=10.0)
+        rotary_tables(torch.zeros(1, 2, 2, dtype=torch.long), axes_dims=(8, 4, 4), theta=10.0)

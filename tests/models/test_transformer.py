@@ -2,6 +2,7 @@
 
 import json
 
+import jaxtyping
 import pytest
 import torch
 from torch import Tensor
@@ -232,7 +233,8 @@ def test_gradient_checkpointing_gives_the_same_gradients():
         assert torch.allclose(plain, checkpointed, atol=1e-12)
 
 
-def test_blocks_trace_as_one_graph():
+def test_blocks_trace_as_one_graph(monkeypatch):
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)  # Checks do not trace.
     model, canvas = tiny_model(), make_canvas(FULL)
     with torch.no_grad():
         expected = run(model, canvas)
