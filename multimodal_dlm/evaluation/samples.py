@@ -10,7 +10,7 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Any, Protocol, cast
+from typing import Any, Protocol, cast, runtime_checkable
 
 import numpy as np
 import torch
@@ -36,6 +36,7 @@ HELD_OUT_SPLITS = ("val", "test")
 FOLDER = "samples"
 
 
+@runtime_checkable
 class RunState(Protocol):
     """What the trainer hands over: the part of its state that is used here."""
 
