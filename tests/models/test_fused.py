@@ -80,7 +80,7 @@ def test_a_training_step_is_the_same_fused_and_plain(options, monkeypatch):
     for is_fused in (True, False):
         model = tiny_model(**options).to(torch.bfloat16).train()
         if not is_fused:
-            for name in ("fused", "attention", "transformer"):
+            for name in ("fused", "attention", "layers"):
                 target = f"multimodal_dlm.models.{name}.use_fused"
                 monkeypatch.setattr(target, lambda _: False)
         run(model, canvas).float().square().mean().backward()
