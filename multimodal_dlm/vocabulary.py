@@ -306,6 +306,7 @@ class UnifiedVocabulary:
             return cls(
                 segments=tuple(Segment(**part) for part in values["segments"]),
                 special_ids=dict(values["special_ids"]),
+                # By id: a JSON writer may have sorted the names.
                 states=tuple(
                     State(
                         name,
@@ -313,7 +314,7 @@ class UnifiedVocabulary:
                         state["modality"],
                         tuple((start, stop) for start, stop in state["columns"]),
                     )
-                    for name, state in values["states"].items()
+                    for name, state in sorted(values["states"].items(), key=_state_id)
                 ),
                 fingerprints=dict(values.get("fingerprints", {})),
             )
@@ -328,6 +329,11 @@ class UnifiedVocabulary:
         """SHA-256 of the whole layout, tokenizer fingerprints included."""
         text = json.dumps(self.to_dict(), sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _state_id(entry: tuple[str, Mapping[str, Any]]) -> int:
+    """Sort key of the entries of `states`."""
+    return entry[1]["id"]
 
 
 def _check_segments(segments: tuple[Segment, ...]) -> None:

@@ -25,10 +25,10 @@ FOLD = 4
 class ResidualBlock(nn.Module):
     """x + conv(silu(conv(silu(x)))), the last convolution zero at the start."""
 
-    def __init__(self, channels: int) -> None:
+    def __init__(self, channels: int, kernel: int = 3) -> None:
         super().__init__()
-        self.conv_in = nn.Conv2d(channels, channels, 3, padding=1)
-        self.conv_out = nn.Conv2d(channels, channels, 3, padding=1)
+        self.conv_in = nn.Conv2d(channels, channels, kernel, padding=kernel // 2)
+        self.conv_out = nn.Conv2d(channels, channels, kernel, padding=kernel // 2)
         nn.init.zeros_(self.conv_out.weight)
 
     def forward(self, hidden_states: Tensor) -> Tensor:
@@ -45,6 +45,10 @@ class ImageTokenizer(ModelMixin, ConfigMixin):
         channels: Width of the maps at 1/4 and at 1/8 of the resolution.
         encoder_layers: Residual blocks at 1/4 and at 1/8 in the encoder.
         decoder_layers: Residual blocks at 1/8 and at 1/4 in the decoder.
+        encoder_kernels: Kernel sizes, 1 or 3, of the first convolution and of the encoder's blocks
+            at 1/4 and at 1/8. (3, 1, 1) sees 4 pixels beyond a token's own 8 x 8: a blank patch
+            then has one code wherever it is, which a backbone learns much faster than codes that
+            carry their neighbours' detail.
         quantizer: `{"type": "fsq" | "lfq" | "vq", ...}`, see `build_quantizer`.
         fingerprint: SHA-256 of the released float32 tensors; None while training.
     """
@@ -60,20 +64,28 @@ class ImageTokenizer(ModelMixin, ConfigMixin):
         channels: tuple[int, int] = (192, 256),
         encoder_layers: tuple[int, int] = (1, 2),
         decoder_layers: tuple[int, int] = (2, 2),
+        encoder_kernels: tuple[int, int, int] = (3, 3, 3),
         quantizer: Mapping[str, Any] | None = None,
         fingerprint: str | None = None,
     ) -> None:
         super().__init__()
         if image_size % (2 * FOLD):
             raise ConfigError(f"`image_size` must be a multiple of 8; got {image_size}. Use 64.")
+        if not set(encoder_kernels) <= {1, 3}:
+            raise ConfigError(
+                f"`encoder_kernels` must be 1 or 3 each; got {tuple(encoder_kernels)}."
+                " Use (3, 1, 1)."
+            )
         fine, coarse = channels
+        first, inner, outer = encoder_kernels
+        halve = {"kernel_size": 3, "padding": 1} if outer == 3 else {"kernel_size": 2, "padding": 0}
         self.bottleneck = build_quantizer(quantizer or {"type": "fsq", "levels": [8, 8, 8, 5]})
         latent = self.bottleneck.num_channels
         self.encoder = nn.Sequential(
-            nn.Conv2d(3 * FOLD**2, fine, 3, padding=1),
-            *(ResidualBlock(fine) for _ in range(encoder_layers[0])),
-            nn.Conv2d(fine, coarse, 3, stride=2, padding=1),
-            *(ResidualBlock(coarse) for _ in range(encoder_layers[1])),
+            nn.Conv2d(3 * FOLD**2, fine, first, padding=first // 2),
+            *(ResidualBlock(fine, inner) for _ in range(encoder_layers[0])),
+            nn.Conv2d(fine, coarse, stride=2, **halve),
+            *(ResidualBlock(coarse, outer) for _ in range(encoder_layers[1])),
             nn.SiLU(),
             nn.Conv2d(coarse, latent, 1),
         )
@@ -101,6 +113,10 @@ class ImageTokenizer(ModelMixin, ConfigMixin):
         """Height and width of the code grid, in tokens."""
         side = self.config["image_size"] // (2 * FOLD)
         return (side, side)
+
+    def code_features(self) -> tuple[Tensor, ...]:
+        """What each code stands for, one (codes, features) matrix per level."""
+        return self.bottleneck.code_features()
 
     @property
     def fingerprint(self) -> str:

@@ -54,6 +54,10 @@ class Quantizer(nn.Module):
         """Codes -> latents."""
         raise NotImplementedError
 
+    def code_features(self) -> tuple[Float[Tensor, "codes features"], ...]:
+        """What each code stands for, one matrix per level: codes that decode alike are close."""
+        raise NotImplementedError
+
     def check_codes(self, codes: Codes) -> None:
         """Refuse a wrong number of levels or codes outside the codebook, naming the value."""
         if len(codes) != len(self.codebook_sizes):
@@ -110,6 +114,16 @@ class FSQ(Quantizer):
         codes = (digits * weights).sum(dim=1)
         return QuantizerOutput(rounded / half_width, (codes,), latents.new_zeros(()))
 
+    def code_features(self) -> tuple[Float[Tensor, "codes features"], ...]:
+        """Every digit as a value and one-hot."""
+        values = torch.arange(self.codebook_sizes[0])
+        parts = []
+        for channel, level in enumerate(self.levels):
+            digits = values // math.prod(self.levels[:channel]) % level
+            ramp = digits / (level - 1) * 2 - 1
+            parts += [ramp.unsqueeze(1) * math.sqrt(3), F.one_hot(digits, level).float()]
+        return (torch.cat(parts, dim=1),)
+
     def decode_codes(self, codes: Codes) -> Float[Tensor, "batch c h w"]:
         """Mixed-radix digits of each code, centred and scaled to about -1..1."""
         self.check_codes(codes)
@@ -165,6 +179,11 @@ class LFQ(Quantizer):
         penalty = token_entropy - self.diversity_weight * mean_entropy
         loss = self.commitment_weight * commitment + self.entropy_weight * penalty
         return QuantizerOutput(values + (signs - values).detach(), (codes,), loss)
+
+    def code_features(self) -> tuple[Float[Tensor, "codes features"], ...]:
+        """The bits as -1 or 1."""
+        codes = torch.arange(self.codebook_sizes[0]).view(-1, 1, 1)
+        return (self.decode_codes((codes,)).flatten(1),)
 
     def decode_codes(self, codes: Codes) -> Float[Tensor, "batch c h w"]:
         """Bits of each code as -1 or 1."""
@@ -244,6 +263,10 @@ class VectorQuantizer(Quantizer):
             self.sums[dead] = flat[picks.to(flat.device)]
             self.counts[dead] = 1.0
         self.embedding.copy_(self.sums / self.counts.clamp(min=1e-5).unsqueeze(1))
+
+    def code_features(self) -> tuple[Float[Tensor, "codes features"], ...]:
+        """The codebook."""
+        return (self.embedding.detach().float().cpu().clone(),)
 
     def decode_codes(self, codes: Codes) -> Float[Tensor, "batch c h w"]:
         """Rows of the codebook."""

@@ -26,6 +26,7 @@ from multimodal_dlm.tokenizers.text import load_text_tokenizer, text_fingerprint
 from multimodal_dlm.training.batches import BatchSource, CanvasBatches, PixelBatches
 from multimodal_dlm.training.code_cache import CodeCache, Levels, has_pictures, open_code_cache
 from multimodal_dlm.training.config import TrainConfig
+from multimodal_dlm.training.initialisation import start_from_features
 from multimodal_dlm.training.objectives import build_objective
 from multimodal_dlm.training.objectives.base import Objective
 from multimodal_dlm.vocabulary import UnifiedVocabulary
@@ -127,7 +128,7 @@ def _transformer_job(
 ) -> Job:
     tokenizer = load_text_tokenizer(_folder("tokenizers.text", config.tokenizers.text))
     folder = _folder("tokenizers.image", config.tokenizers.image)
-    image_tokenizer = ImageTokenizer.from_pretrained(folder).eval().requires_grad_(False)
+    image_tokenizer: Any = ImageTokenizer.from_pretrained(folder).eval().requires_grad_(False)
     vocabulary = build_vocabulary(tokenizer, image_tokenizer)
     height, width = image_tokenizer.grid_size
     levels = len(image_tokenizer.codebook_sizes)
@@ -138,6 +139,8 @@ def _transformer_job(
         condition_attention=config.model.condition_attention,
     )
     model = _build_transformer(config, vocabulary, layout)
+    if config.model.init_from is None:
+        start_from_features(model, "image", image_tokenizer.code_features(), seed=config.seed)
     processor = UnifiedProcessor(
         vocabulary=vocabulary,
         layout=model.layout or layout,
@@ -158,8 +161,8 @@ def _transformer_job(
         "scheduler": ConfidenceScheduler(),
     }
 
-    def export(trained: nn.Module, path: Path) -> None:
-        transformer = UnifiedTransformerModel.from_config(trained.config)
+    def export(trained: Any, path: Path) -> None:
+        transformer: Any = UnifiedTransformerModel.from_config(trained.config)
         transformer.load_state_dict(trained.state_dict())
         UnifiedTextToImagePipeline(
             transformer=transformer.to(getattr(torch, config.export.dtype)).eval(),
@@ -216,8 +219,8 @@ def _image_tokenizer_job(
             except TypeError as error:
                 raise ConfigError(f"`model.options`: {error}.") from error
 
-    def export(trained: nn.Module, path: Path) -> None:
-        tokenizer = ImageTokenizer.from_config(trained.config)
+    def export(trained: Any, path: Path) -> None:
+        tokenizer: Any = ImageTokenizer.from_config(trained.config)
         tokenizer.load_state_dict(trained.state_dict())
         tokenizer.mark_released()
         tokenizer.save_pretrained(path)

@@ -80,6 +80,8 @@ def test_json_round_trip_keeps_everything():
     again = UnifiedVocabulary.from_dict(json.loads(json.dumps(vocabulary.to_dict())))
     assert again == vocabulary
     assert again.fingerprint == vocabulary.fingerprint
+    sorted_names = json.loads(json.dumps(vocabulary.to_dict(), sort_keys=True))
+    assert UnifiedVocabulary.from_dict(sorted_names) == vocabulary
     other = UnifiedVocabulary(
         vocabulary.segments, vocabulary.special_ids, vocabulary.states, {"text": "changed"}
     )

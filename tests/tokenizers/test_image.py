@@ -79,6 +79,25 @@ def test_bad_input_gets_a_sentence(tokenizer):
         ImageTokenizer(image_size=20)
 
 
+def test_a_local_encoder_sees_four_pixels_beyond_a_token():
+    torch.manual_seed(0)
+    options = {**TINY, "image_size": 32, "encoder_kernels": (3, 1, 1)}
+    tokenizer = ImageTokenizer(**options).eval()
+    for block in tokenizer.encoder:
+        if hasattr(block, "conv_out"):
+            torch.nn.init.normal_(block.conv_out.weight, std=0.3)
+    images = torch.rand(1, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    images.requires_grad_()
+    latents = tokenizer.encoder(torch.nn.functional.pixel_unshuffle(images * 2 - 1, 4))
+    latents[0, :, 1, 1].sum().backward()
+    seen = images.grad[0].abs().sum(dim=0) > 0
+    assert seen[4:20, 4:20].all()
+    seen[4:20, 4:20] = False
+    assert not seen.any()
+    with pytest.raises(ConfigError, match="1 or 3 each"):
+        ImageTokenizer(**{**TINY, "encoder_kernels": (3, 2, 1)})
+
+
 @pytest.mark.parametrize("quantizer", ["fsq", "lfq", "vq"])
 def test_training_lowers_the_loss_with_every_quantizer(quantizer):
     options = {

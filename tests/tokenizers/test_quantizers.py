@@ -94,6 +94,18 @@ def test_codes_out_of_range_are_refused(name):
         quantizer.decode_codes((torch.zeros(1, 1, 1, dtype=torch.long),) * 2)
 
 
+@pytest.mark.parametrize("name", CONFIGS)
+def test_features_tell_codes_apart_and_keep_neighbours_close(name):
+    quantizer = build_quantizer(CONFIGS[name]).eval()
+    (features,) = quantizer.code_features()
+    size = quantizer.codebook_sizes[0]
+    assert features.shape[0] == size == len(features.unique(dim=0))
+    latents = quantizer.decode_codes((torch.arange(size).view(size, 1, 1),)).flatten(1)
+    upper = torch.triu_indices(size, size, 1)
+    distances = [torch.cdist(part, part)[upper[0], upper[1]] for part in (features, latents)]
+    assert torch.corrcoef(torch.stack(distances))[0, 1] > 0.7
+
+
 @settings(max_examples=25, deadline=None)
 @given(st.lists(st.integers(2, 7), min_size=1, max_size=4))
 def test_fsq_reaches_exactly_the_product_of_its_levels(levels):
