@@ -167,6 +167,7 @@ class TrainConfig:
         sample_every_steps: Steps between calls of the callbacks (sample sheets); 0 for never.
         gradient_checkpointing: Recompute activations in backward to save memory.
         compile_blocks: Compile the repeated blocks.
+        allow_changes: Resume although the config changed, such as to lengthen a run.
     """
 
     output_dir: str
@@ -186,6 +187,7 @@ class TrainConfig:
     sample_every_steps: int = 0
     gradient_checkpointing: bool = False
     compile_blocks: bool = False
+    allow_changes: bool = False
 
     def __post_init__(self) -> None:
         _at_least("num_train_steps", self.num_train_steps, 1)
@@ -209,6 +211,7 @@ class TrainConfig:
 
 # Fields that may change between a checkpoint and the run that continues it.
 RESUMABLE_CHANGES = (
+    "allow_changes",
     "checkpoint.every_steps",
     "checkpoint.keep_last",
     "compile_blocks",
@@ -259,7 +262,7 @@ def load_train_config(path: str | Path, overrides: Sequence[str] = ()) -> TrainC
     parser.add_argument("--config", action="config")
     parser.add_class_arguments(TrainConfig, None)
     try:
-        values = parser.instantiate_classes(parser.parse_args(["--config", str(path), *overrides]))
+        values = parser.instantiate(parser.parse_args(["--config", str(path), *overrides]))
     except ArgumentError as error:
         raise ConfigError(f"{path}: {error}") from error
     names = {part.name for part in dataclasses.fields(TrainConfig)}

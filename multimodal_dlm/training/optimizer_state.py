@@ -19,8 +19,9 @@ _SEPARATOR = "//"
 
 
 def model_tensors(model: nn.Module) -> dict[str, Tensor]:
-    """Full weights by name, copied."""
-    return {name: _owned(t) for name, t in get_model_state_dict(model, options=_OPTIONS).items()}
+    """Full weights by name, copied; on the main process alone when there are several."""
+    full: dict[str, Any] = get_model_state_dict(model, options=_OPTIONS)
+    return {name: _owned(tensor) for name, tensor in full.items()}
 
 
 def restore_model(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
@@ -32,16 +33,19 @@ def restore_model(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
 def optimizer_tensors(
     model: nn.Module, optimizer: Optimizer
 ) -> tuple[dict[str, Tensor], list[dict[str, Any]]]:
-    """State tensors named `<parameter>//<entry>`, and the parameter groups as JSON values."""
+    """State tensors named `<parameter>//<entry>`, and the parameter groups as JSON values.
+
+    On the main process alone when there are several.
+    """
     full: Any = get_optimizer_state_dict(model, optimizer, options=_OPTIONS)
     tensors = {
         f"{name}{_SEPARATOR}{entry}": _owned(torch.as_tensor(value))
-        for name, entries in full["state"].items()
+        for name, entries in full.get("state", {}).items()
         for entry, value in entries.items()
     }
     groups = [
         {key: value for key, value in group.items() if not isinstance(value, Tensor)}
-        for group in full["param_groups"]
+        for group in full.get("param_groups", [])
     ]
     return tensors, groups
 
@@ -53,14 +57,15 @@ def restore_optimizer(
     groups: list[dict[str, Any]],
 ) -> None:
     """Load what `optimizer_tensors` gave."""
-    state: dict[str, dict[str, Any]] = {}
+    state: dict[str, Any] = {}
     for name, tensor in tensors.items():
         parameter, entry = name.split(_SEPARATOR)
         state.setdefault(parameter, {})[entry] = tensor
+    whole: dict[str, Any] = {"state": state, "param_groups": [dict(group) for group in groups]}
     set_optimizer_state_dict(
         model,
         optimizer,
-        {"state": state, "param_groups": [dict(group) for group in groups]},
+        whole,
         options=StateDictOptions(full_state_dict=True),
     )
     for group in optimizer.param_groups:

@@ -19,6 +19,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from multimodal_dlm.errors import CheckpointError, MultimodalDLMError
 from multimodal_dlm.training.batches import iterate_steps
@@ -123,7 +124,7 @@ class Trainer:
         self.job, self.config, self.accelerator = job, config, accelerator
         self.callbacks = list(callbacks)
         self.output_dir = Path(config.output_dir)
-        self.model = job.model.train()
+        self.model: Any = job.model.train()
         if config.gradient_checkpointing:
             self.model.enable_gradient_checkpointing()
         if config.compile_blocks:
@@ -315,18 +316,7 @@ class Trainer:
             return 0
         checkpoint = load_checkpoint(path)
         state = checkpoint.state
-        changes = config_changes(state["config"], self.config.to_dict())
-        if changes:
-            listed = "; ".join(f"`{k}` {old} -> {new}" for k, (old, new) in changes.items())
-            raise CheckpointError(
-                f"`{path}` was written by a run with another config ({listed}). Undo the change or"
-                " give another `output_dir`."
-            )
-        if state["manifest"] != self.job.manifest.fingerprint:
-            raise CheckpointError(
-                f"`{path}` was trained on other data than `{self.config.data.manifest}` holds now."
-                " Give another `output_dir`."
-            )
+        self._check_continues(path, state)
         restore_model(self.wrapper, checkpoint.tensors["model"])
         restore_optimizer(
             self.wrapper, self.optimizer, checkpoint.tensors["optimizer"], state["optimizer_groups"]
@@ -343,6 +333,23 @@ class Trainer:
         )
         logger.info("Resumed from %s.", path)
         return self.job.source.restore(dict(state["loader"]))
+
+    def _check_continues(self, path: Path, state: Mapping[str, Any]) -> None:
+        """Refuse a checkpoint of another config or of other data."""
+        changes = config_changes(state["config"], self.config.to_dict())
+        listed = "; ".join(f"`{name}` {old} -> {new}" for name, (old, new) in changes.items())
+        if changes and not self.config.allow_changes:
+            raise CheckpointError(
+                f"`{path}` was written by a run with another config ({listed}). Undo the change,"
+                " give another `output_dir`, or set `allow_changes`."
+            )
+        if changes:
+            logger.warning("Going on with another config: %s.", listed)
+        if state["manifest"] != self.job.manifest.fingerprint:
+            raise CheckpointError(
+                f"`{path}` was trained on other data than `{self.config.data.manifest}` holds now."
+                " Give another `output_dir`."
+            )
 
     # Stopping.
 
@@ -389,4 +396,4 @@ def _set_rng_state(states: Mapping[str, Tensor]) -> None:
 
 def _whole(tensor: Tensor) -> Tensor:
     """The full tensor of a shard."""
-    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor

@@ -234,3 +234,31 @@ def test_two_steps_lower_the_loss_on_one_batch():
         optimizer.step()
     assert losses[2] < losses[1] < losses[0]
     assert losses[0] > math.log(2)
+
+
+def test_an_auxiliary_loss_counts_once_however_the_batch_is_cut():
+    canvas, model = canvas_of(), tiny_model()
+
+    class Routed:
+        def __init__(self):
+            self.vocabulary, self.compute_logits = model.vocabulary, model.compute_logits
+
+        def __call__(self, *args, **kwargs):
+            output = model(*args, **kwargs)
+            output.auxiliary_loss = torch.tensor(100.0)
+            return output
+
+    objective, totals = MaskedDiffusion(), []
+    for routed in (model, Routed()):
+        batches = [
+            Batch(canvas.select_rows(part), ("",) * 3, TASKS[part], tuple(range(6))[part])
+            for part in (slice(0, 3), slice(3, 6))
+        ]
+        plan = objective.prepare(batches, seed=0, step=0, gather=list, num_processes=1)
+        pairs = zip(batches, plan.contexts, strict=True)
+        losses = [
+            objective(routed, b.inputs, generator=generators(b.rows), **context).loss.detach()
+            for b, context in pairs
+        ]
+        totals.append(float(sum(losses)))
+    assert totals[1] - totals[0] == pytest.approx(100.0, rel=1e-4)

@@ -112,6 +112,7 @@ def test_another_config_does_not_continue_a_run(run_root):
     with pytest.raises(CheckpointError, match=r"`num_train_steps` 6 -> 8"):
         train(changed)
     assert train(dataclasses.replace(config, log_every_steps=1))["is_finished"]
+    assert train(dataclasses.replace(changed, allow_changes=True))["step"] == 8
 
 
 def test_a_signal_ends_the_run_with_a_checkpoint(run_root):

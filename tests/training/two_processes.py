@@ -1,12 +1,27 @@
-"""Run by two processes at once: trains the tiny run of `runs.py` in the folder given."""
+"""Run by two processes at once: trains the tiny run of `runs.py`, is stopped once, goes on."""
 
 import dataclasses
+import os
+import signal
 import sys
 from pathlib import Path
+
+from accelerate.state import AcceleratorState
 
 from multimodal_dlm.training.run import train
 from tests.training.runs import run_config
 
+
+def stop(state) -> None:
+    """A signal to one process stops both."""
+    if state.step == 3:
+        os.kill(os.getpid(), signal.SIGTERM)
+
+
 if __name__ == "__main__":
-    config = run_config(Path(sys.argv[1]), "two", num_train_steps=4)
-    train(dataclasses.replace(config, data=dataclasses.replace(config.data, micro_batch_size=2)))
+    config = run_config(Path(sys.argv[1]), "two", num_train_steps=4, sample_every_steps=1)
+    config = dataclasses.replace(config, data=dataclasses.replace(config.data, micro_batch_size=2))
+    first = train(config, callbacks=[stop])
+    AcceleratorState._reset_state(reset_partial_state=True)
+    assert (first["step"], first["is_finished"]) == (3, False)
+    assert train(config)["is_finished"]
