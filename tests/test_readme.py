@@ -86,7 +86,7 @@ def test_commands_parse():
     lines = [
         line.split("#")[0].strip()
         for block in blocks("bash")
-        for line in block.splitlines()
+        for line in block.replace("\\\n", " ").splitlines()
         if line.startswith("multimodal-dlm")
     ]
     assert len(lines) >= 6
