@@ -6,6 +6,7 @@ are residual, start as the identity and carry no normalisation.
 """
 
 import hashlib
+import json
 from collections.abc import Mapping
 from typing import Any
 
@@ -16,7 +17,7 @@ from diffusers.models.modeling_utils import ModelMixin
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from multimodal_dlm.errors import ConfigError
+from multimodal_dlm.errors import ConfigError, VocabularyError
 from multimodal_dlm.tokenizers.quantizers import Codes, QuantizerOutput, build_quantizer
 
 FOLD = 4
@@ -78,13 +79,13 @@ class ImageTokenizer(ModelMixin, ConfigMixin):
             )
         fine, coarse = channels
         first, inner, outer = encoder_kernels
-        halve = {"kernel_size": 3, "padding": 1} if outer == 3 else {"kernel_size": 2, "padding": 0}
+        size, margin = (3, 1) if outer == 3 else (2, 0)  # A local encoder halves without overlap.
         self.bottleneck = build_quantizer(quantizer or {"type": "fsq", "levels": [8, 8, 8, 5]})
         latent = self.bottleneck.num_channels
         self.encoder = nn.Sequential(
             nn.Conv2d(3 * FOLD**2, fine, first, padding=first // 2),
             *(ResidualBlock(fine, inner) for _ in range(encoder_layers[0])),
-            nn.Conv2d(fine, coarse, stride=2, **halve),
+            nn.Conv2d(fine, coarse, size, stride=2, padding=margin),
             *(ResidualBlock(coarse, outer) for _ in range(encoder_layers[1])),
             nn.SiLU(),
             nn.Conv2d(coarse, latent, 1),
@@ -137,6 +138,12 @@ class ImageTokenizer(ModelMixin, ConfigMixin):
         self.register_to_config(fingerprint=fingerprint)
         return fingerprint
 
+    def to_json_string(self) -> str:
+        """The config as saved, without the folder it was loaded from."""
+        content = json.loads(super().to_json_string())
+        content.pop("_name_or_path", None)
+        return json.dumps(content, indent=2, sort_keys=True) + "\n"
+
     def quantize(self, pixels: Float[Tensor, "batch 3 height width"]) -> QuantizerOutput:
         """Pixels in [0, 1] -> quantized latents, codes and quantizer loss."""
         size = self.config["image_size"]
@@ -166,10 +173,10 @@ class ImageTokenizer(ModelMixin, ConfigMixin):
             raise ConfigError(
                 f"`pixels` must be floating point in [0, 1]; got {pixels.dtype}. Divide by 255."
             )
-        if pixels.numel() and (float(pixels.min()) < -1e-3 or float(pixels.max()) > 1 + 1e-3):
+        low, high = (float(pixels.min()), float(pixels.max())) if pixels.numel() else (0.0, 1.0)
+        if not (low >= -1e-3 and high <= 1 + 1e-3):  # Also false for NaN.
             raise ConfigError(
-                "`pixels` must lie in [0, 1]; got"
-                f" {float(pixels.min()):.3g}..{float(pixels.max()):.3g}. Rescale them."
+                f"`pixels` must lie in [0, 1]; got {low:.3g}..{high:.3g}. Rescale them."
             )
         return self.quantize(pixels).codes
 
@@ -178,8 +185,16 @@ class ImageTokenizer(ModelMixin, ConfigMixin):
         """Codes -> pixels in [0, 1], float32.
 
         Raises:
-            VocabularyError: When a code is not in the codebook; the message holds the value.
+            VocabularyError: When a code is not in the codebook (the message holds the value) or
+                the grid is another.
         """
+        self.bottleneck.check_codes(codes)
+        for level, values in enumerate(codes):
+            if tuple(values.shape[1:]) != self.grid_size:
+                raise VocabularyError(
+                    f"`codes` of level {level} must have the grid {self.grid_size}; got"
+                    f" {tuple(values.shape[1:])}."
+                )
         return self.decode_latents(self.bottleneck.decode_codes(codes)).clamp(0, 1)
 
     def forward(self, pixels: Float[Tensor, "batch 3 height width"]) -> tuple[Tensor, Tensor]:

