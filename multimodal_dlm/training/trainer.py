@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from multimodal_dlm.errors import CheckpointError, MultimodalDLMError
+from multimodal_dlm.models.memory import keep_freed_memory
 from multimodal_dlm.training.batches import iterate_steps
 from multimodal_dlm.training.checkpoint import (
     Checkpoint,
@@ -153,6 +154,8 @@ class Trainer:
         Returns:
             Step reached, whether it is the last, and the last logged values.
         """
+        if self.accelerator.device.type == "cpu":
+            keep_freed_memory()
         self.step = self._resume()
         first, last = self.step, self.config.num_train_steps
         is_main = self.accelerator.is_main_process
