@@ -328,6 +328,8 @@ def test_demo_on_a_tiny_pipeline(capsys, tiny, tmp_path):
     )  # fmt: skip
     assert values == json.loads((tmp_path / "demo.json").read_text())
     assert {row["split"] for row in values["held_out"]} == {"test"}
+    assert set(values["seconds_each"]) == {"prompts", "inpaint", "captions", "answers"}
+    assert 0 <= values["answers_right"] <= 3
     assert {row["true_answer"] for row in values["held_out"]} == {"red", "yes", "blue"}
     assert all(Path(path).is_file() for path in values["files"])
 

@@ -2,6 +2,7 @@
 
 import ast
 import importlib
+import importlib.metadata
 import pkgutil
 import re
 import subprocess
@@ -130,6 +131,31 @@ print(seconds, ",".join(sorted(heavy)))
     runs = [run_python(code).split() for _ in range(3)]
     assert all(len(run) == 1 for run in runs), runs  # Nothing heavy.
     assert min(float(run[0]) for run in runs) < 0.1
+
+
+def top_level_imports(path: Path) -> set[str]:
+    """Names imported when the file is imported: outside functions and `TYPE_CHECKING`."""
+    found = set()
+    for node in ast.parse(path.read_text()).body:
+        if isinstance(node, ast.Import):
+            found |= {alias.name.split(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            found.add(node.module.split(".")[0])
+    return found
+
+
+def test_the_package_imports_its_own_dependencies_only():
+    """No extra is needed to import any module; extras are imported where they are used."""
+    project = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["project"]
+    declared = {re.split(r"[\[<>=; ]", name)[0].lower() for name in project["dependencies"]}
+    owners = importlib.metadata.packages_distributions()
+    missing = {}
+    for path in PACKAGE.rglob("*.py"):
+        names = top_level_imports(path) - set(sys.stdlib_module_names) - {"multimodal_dlm"}
+        for name in names:
+            if not declared & {owner.lower().replace("_", "-") for owner in owners[name]}:
+                missing[relative(path)] = name
+    assert not missing
 
 
 def test_version_is_the_projects():

@@ -78,14 +78,24 @@ def run_demo(
     _timed(seconds, "inpaint", lambda: _inpaint(loaded, images[0], folder, seed))
     samples = held_out_samples(manifest)
     say(f"describing {len(samples)} held-out pictures")
-    rows = _timed(seconds, "understanding", lambda: _describe(loaded, samples))
+    rows = _describe(loaded, samples, seconds)
     seconds["total"] = time.perf_counter() - start
+    counts = {
+        "prompts": len(PROMPTS),
+        "inpaint": INPAINT_RESULTS,
+        "captions": len(rows),
+        "answers": sum(row.question is not None for row in rows),
+    }
     values = {
         "pipeline": pipeline,
         "seed": seed,
         "prompts": list(PROMPTS),
         "held_out": [asdict(row) for row in rows],
-        "seconds": {name: round(value, 2) for name, value in seconds.items()},
+        **_scores(rows),
+        "seconds": {name: round(value, 3) for name, value in seconds.items()},
+        "seconds_each": {
+            name: round(seconds[name] / count, 3) for name, count in counts.items() if count
+        },
         "files": [str(folder / name) for name in ("prompts.png", "inpaint.png", "demo.json")],
     }
     text = json.dumps(values, indent=2, ensure_ascii=False)
@@ -139,7 +149,18 @@ def _inpaint(pipeline: Any, picture: "Image.Image", folder: Path, seed: int) -> 
     return results
 
 
-def _describe(pipeline: Any, samples: "list[tuple[str, str, Sample]]") -> list[HeldOut]:
+def _scores(rows: list[HeldOut]) -> dict[str, int]:
+    """How many captions name the picture, and how many answers are right."""
+    from multimodal_dlm.evaluation.text_metrics import exact_match, name_of_caption
+
+    named = [exact_match(name_of_caption(r.caption), name_of_caption(r.true_caption)) for r in rows]
+    right = [exact_match(row.answer or "", row.true_answer or "") for row in rows if row.question]
+    return {"captions_with_the_true_name": sum(named), "answers_right": sum(right)}
+
+
+def _describe(
+    pipeline: Any, samples: "list[tuple[str, str, Sample]]", seconds: dict[str, float]
+) -> list[HeldOut]:
     from PIL import Image
 
     from multimodal_dlm.pipelines import UnifiedImageToTextPipeline
@@ -149,7 +170,7 @@ def _describe(pipeline: Any, samples: "list[tuple[str, str, Sample]]") -> list[H
     read: Any = UnifiedImageToTextPipeline.from_pipe(pipeline)
     read.set_progress_bar_config(disable=True)
     pictures = [Image.fromarray(sample.image) for _, _, sample in samples]
-    captions = read(pictures).texts
+    captions = _timed(seconds, "captions", lambda: read(pictures).texts)
     # A different question of each picture, so that several kinds are shown.
     pairs = [
         sample.record.qa[place % len(sample.record.qa)] if sample.record.qa else None
@@ -157,7 +178,10 @@ def _describe(pipeline: Any, samples: "list[tuple[str, str, Sample]]") -> list[H
     ]
     asked = [place for place, pair in enumerate(pairs) if pair is not None]
     questions = [pair.question for pair in pairs if pair is not None]
-    texts = read([pictures[place] for place in asked], questions).texts if asked else []
+    shown = [pictures[place] for place in asked]
+    texts: list[str] = []
+    if asked:
+        texts = _timed(seconds, "answers", lambda: read(shown, questions).texts)
     answers = dict(zip(asked, texts, strict=True))
     rows = []
     for place, (source, split, sample) in enumerate(samples):
@@ -193,5 +217,11 @@ def _summary(rows: list[HeldOut], values: dict[str, Any]) -> str:
         lines.append(f"    caption: {row.caption}  |  truth: {row.true_caption}")
         if row.question is not None:
             lines.append(f"    {row.question} {row.answer}  |  truth: {row.true_answer}")
-    seconds = ", ".join(f"{name} {value:.1f} s" for name, value in values["seconds"].items())
-    return "\n".join([*lines, "", seconds, *values["files"]])
+    asked = sum(row.question is not None for row in rows)
+    if rows:
+        names = values["captions_with_the_true_name"]
+        answers = values["answers_right"]
+        lines += ["", f"right: {names} of {len(rows)} names, {answers} of {asked} answers"]
+    total = ", ".join(f"{name} {value:.1f} s" for name, value in values["seconds"].items())
+    each = ", ".join(f"{name} {value:.2f} s" for name, value in values["seconds_each"].items())
+    return "\n".join([*lines, "", f"seconds: {total}", f"each: {each}", *values["files"]])
