@@ -91,9 +91,9 @@ def test_shapes_are_kept(case, shape):
 
 
 def test_small_times_keep_their_precision():
-    """1 - e^{..} written naively would lose half of the digits at t = 1e-8."""
-    rate = get_mask_schedule("geometric").mask_rate(torch.tensor(1e-8, dtype=torch.float64))
-    assert float(rate) == pytest.approx(3e-8 / (1 - math.exp(-3)), rel=1e-7)
+    """1 - e^{..} written naively would keep four digits at t = 1e-12."""
+    rate = get_mask_schedule("geometric").mask_rate(torch.tensor(1e-12, dtype=torch.float64))
+    assert float(rate) == pytest.approx(3e-12 / (1 - math.exp(-3)), rel=1e-10)
 
 
 @pytest.mark.parametrize("value", [-0.1, 1.1, math.nan, torch.tensor([0.5, 2.0])])
