@@ -17,9 +17,10 @@ if TYPE_CHECKING:
     from multimodal_dlm.datasets.manifest import Manifest
     from multimodal_dlm.datasets.schema import Sample
 
+# Common single objects, all of them concepts of the training split.
 PROMPTS = (
-    "a red apple", "a house", "a car", "a fish", "a rocket", "a red heart", "a pizza",
-    "a tree", "a yellow star", "a dog face", "a bicycle", "a soccer ball",
+    "a red apple", "a banana", "a strawberry", "a pizza", "a fish", "a cat face",
+    "a rose", "an evergreen tree", "a red heart", "a star", "a rocket", "a soccer ball",
 )  # fmt: skip
 HOLE = (0.5, 0.0, 1.0, 1.0)  # The right half.
 INPAINT_RESULTS = 3

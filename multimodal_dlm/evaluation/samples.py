@@ -28,9 +28,9 @@ from multimodal_dlm.tokenizers.image import ImageTokenizer
 logger = logging.getLogger(__name__)
 
 PROMPTS = (
-    "a red apple", "a dog", "a cat face", "a rocket", "a house", "a yellow star", "a pizza",
-    "a car", "two red apples", "a fish to the left of a tree", "a blue circle on a pale background",
-    "an emoji of a rose",
+    "a red apple", "a cat face", "a rocket", "a pizza", "an evergreen tree", "a red heart",
+    "a soccer ball", "a twemoji emoji of a rose", "two red apples",
+    "a fish to the left of a banana", "a star above a rocket", "a blue circle on a pale background",
 )  # fmt: skip
 HELD_OUT_SPLITS = ("val", "test")
 FOLDER = "samples"
