@@ -9,7 +9,7 @@ import json
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path, PurePosixPath
-from typing import Any, Self
+from typing import Any, TypeVar
 
 from huggingface_hub import CommitOperationAdd, HfApi, snapshot_download
 
@@ -26,6 +26,8 @@ _REFUSED = ("trust_remote_code", "custom_pipeline", "use_onnx", "use_flashpack")
 _ORIGIN = ("_name_or_path", "name_or_path", "is_local", "local_files_only")
 _LIBRARIES = ("multimodal_dlm", "transformers", "diffusers")
 
+Sharing = TypeVar("Sharing", bound="SharingMixin")
+
 
 class SharingMixin:
     """`from_pretrained`, `save_pretrained` and `push_to_hub` of every pipeline."""
@@ -34,8 +36,12 @@ class SharingMixin:
 
     @classmethod
     def from_pretrained(
-        cls, pretrained_model_name_or_path: str | Path, *, verify: bool = True, **kwargs: Any
-    ) -> Self:
+        cls: type[Sharing],
+        pretrained_model_name_or_path: str | Path,
+        *,
+        verify: bool = True,
+        **kwargs: Any,
+    ) -> Sharing:
         """Load a pipeline from a folder or from the Hub.
 
         Args:

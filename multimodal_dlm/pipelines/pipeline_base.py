@@ -7,7 +7,7 @@ processor is built from the layout stored with the backbone.
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
-from typing import Any, Self
+from typing import Any, TypeVar
 
 from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline
@@ -30,6 +30,7 @@ from multimodal_dlm.tokenizers.image import ImageTokenizer
 from multimodal_dlm.tokenizers.text import text_fingerprint
 
 Callback = Callable[[Any, int, float, dict[str, Any]], Mapping[str, Any] | None]
+Pipeline = TypeVar("Pipeline", bound="UnifiedPipeline")
 
 
 class UnifiedPipeline(SharingMixin, DiffusionPipeline):
@@ -78,7 +79,7 @@ class UnifiedPipeline(SharingMixin, DiffusionPipeline):
         self._fingerprint: tuple[int, str] | None = None
 
     @classmethod
-    def from_pipe(cls, pipeline: DiffusionPipeline, **components: Any) -> Self:
+    def from_pipe(cls: type[Pipeline], pipeline: DiffusionPipeline, **components: Any) -> Pipeline:
         """Another task over the same components: the same objects, nothing cast or copied.
 
         Args:

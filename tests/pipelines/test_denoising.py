@@ -7,13 +7,13 @@ from multimodal_dlm.canvas import noise_levels
 from multimodal_dlm.errors import CanvasError, ConfigError
 from multimodal_dlm.models.attention_plan import AttentionPlan
 from multimodal_dlm.pipelines import UnifiedTextToImagePipeline, denoise
-from multimodal_dlm.pipelines.denoising import noise_groups, stage_steps
 from multimodal_dlm.pipelines.guidance import (
     Branch,
     classifier_free,
     combine,
     conditional_only,
 )
+from multimodal_dlm.pipelines.noise_groups import noise_groups, stage_steps
 from multimodal_dlm.pipelines.randomness import draw_row_seeds, group_generators
 from multimodal_dlm.schedulers import ConfidenceScheduler
 
