@@ -28,6 +28,7 @@ class FakeHub:
     created: list[dict[str, Any]] = field(default_factory=list)
     cards: list[str] = field(default_factory=list)
     fails_commit: bool = False
+    asks_review: bool = False
 
     def __call__(self, request: Any) -> Any:
         """Answer one request."""
@@ -47,6 +48,7 @@ class FakeHub:
         if path.endswith("/info/lfs/objects/batch"):
             return self._batch(json.loads(request.read()))
         if "/commit/" in path:
+            self.asks_review = request.url.params.get("create_pr") == "1"
             return self._commit(request.read())
         if "/tree/" in path:
             return httpx.Response(200, json=[self._entry(name) for name in self.files])
@@ -88,8 +90,9 @@ class FakeHub:
                 self.files[value["path"]] = self.uploads[value["oid"]]
             else:
                 self.files[value["path"]] = base64.b64decode(value["content"])
-        url = f"{ENDPOINT}/someone/model/commit/{COMMIT}"
-        return httpx.Response(200, json={"commitUrl": url, "commitOid": COMMIT})
+        url = f"{ENDPOINT}/someone/model"
+        answer = {"commitUrl": f"{url}/commit/{COMMIT}", "commitOid": COMMIT}
+        return httpx.Response(200, json={**answer, "pullRequestUrl": f"{url}/discussions/1"})
 
     def _info(self) -> Any:
         siblings = [

@@ -139,3 +139,26 @@ def test_pickles_are_never_written(pipe, tmp_path):
     with pytest.raises(ConfigError, match="writes no pickles"):
         pipe.save_pretrained(tmp_path / "x", safe_serialization=False)
     assert not (tmp_path / "x").exists()
+
+
+def test_a_cached_repository_loads_without_the_network(pipe, hub, tmp_path):
+    pipe.push_to_hub("someone/model", token="hf_x")
+    load_pipeline("someone/model", cache_dir=tmp_path)
+    hub.requests.clear()
+    loaded = load_pipeline("someone/model", cache_dir=tmp_path, local_files_only=True)
+    assert hub.requests == []
+    assert torch.equal(draw(loaded), draw(pipe))
+
+
+def test_an_up_to_date_cache_downloads_no_file_again(pipe, hub, tmp_path):
+    pipe.push_to_hub("someone/model", token="hf_x")
+    load_pipeline("someone/model", cache_dir=tmp_path)
+    hub.requests.clear()
+    load_pipeline("someone/model", cache_dir=tmp_path)
+    assert not [path for method, path in hub.requests if "/resolve/" in path and method == "GET"]
+
+
+def test_subfolders_and_pull_requests_reach_the_hub(pipe, hub):
+    pipe.push_to_hub("someone/model", token="hf_x", subfolder="small", create_pr=True)
+    assert set(hub.files) == {f"small/{name}" for name in EXPECTED}
+    assert hub.asks_review
