@@ -158,12 +158,13 @@ def guided(pipe, scale):
     return classifier_free(pipe.processor.unconditional, scale)
 
 
-def test_first_guided_step_equals_the_manual_combination(pipe):
-    """u + g (c - u), computed here by hand, committed by the same scheduler and generators."""
+def test_every_guided_step_equals_the_manual_loop(pipe):
+    """u + g (c - u) of the canvas of the step before, computed and committed here by hand."""
     canvas = pipe.processor.text_to_image(["a red apple", "a green pear"])
     _, seen = recorded(pipe, canvas, branches=guided(pipe, 2.5), seeds=[5, 6])
     vocabulary = pipe.transformer.vocabulary
     window = pipe.processor.image_windows[0]
+    part = canvas.window_slice(window)
 
     def logits(branch):
         states = pipe.transformer(
@@ -175,26 +176,29 @@ def test_first_guided_step_equals_the_manual_combination(pipe):
         ).hidden_states[:, branch.window_slice(window)]
         return pipe.transformer.compute_logits(states, "image")
 
-    with torch.no_grad():
-        c, u = logits(canvas), logits(pipe.processor.unconditional(canvas))
-    part = canvas.window_slice(window)
-    sample = vocabulary.to_columns(canvas.input_ids[:, part], "image")
     is_free = canvas.is_free[:, part]
     scheduler = ConfidenceScheduler()
     scheduler.set_timesteps(6)
-    stepped = scheduler.step(
-        u + 2.5 * (c - u),
-        scheduler.timesteps[0],
-        sample,
-        state=scheduler.begin(sample, is_free, "image"),
-        is_free=is_free,
-        generator=group_generators([5, 6], 1)[0],
+    state = scheduler.begin(
+        vocabulary.to_columns(canvas.input_ids[:, part], "image"), is_free, "image"
     )
-    expected = vocabulary.from_columns(stepped.prev_sample, "image")
-    assert torch.equal(seen[0].input_ids[:, part], expected)
-    assert not torch.equal(
-        recorded(pipe, canvas, seeds=[5, 6])[1][0].input_ids[:, part], expected
-    )  # Guidance did something.
+    generators = group_generators([5, 6], 1)[0]
+    assert len(seen) == 6
+    for timestep, before, after in zip(scheduler.timesteps, [canvas, *seen], seen, strict=False):
+        with torch.no_grad():
+            c, u = logits(before), logits(pipe.processor.unconditional(before))
+        stepped = scheduler.step(
+            u + 2.5 * (c - u),
+            timestep,
+            vocabulary.to_columns(before.input_ids[:, part], "image"),
+            state=state,
+            is_free=is_free,
+            generator=generators,
+        )
+        expected = vocabulary.from_columns(stepped.prev_sample, "image")
+        assert torch.equal(after.input_ids[:, part], expected)
+    unguided = recorded(pipe, canvas, seeds=[5, 6])[1]
+    assert not torch.equal(unguided[-1].input_ids, seen[-1].input_ids)
 
 
 def test_combine_is_the_weighted_sum_in_float32():
