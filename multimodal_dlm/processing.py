@@ -343,9 +343,12 @@ class UnifiedProcessor:
 
     # Parts of rows.
 
+    def encode_text(self, text: str) -> list[int]:
+        """Text codes of a user's text; special tokens typed in it are plain characters."""
+        return self.tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True)
+
     def _encode(self, text: str) -> np.ndarray:
-        codes = self.tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True)
-        return np.asarray(codes, dtype=np.int64) + self._text_start
+        return np.asarray(self.encode_text(text), dtype=np.int64) + self._text_start
 
     def _checked(self, ids: np.ndarray, text: str) -> np.ndarray:
         limit = self.layout["max_window"]["text"]

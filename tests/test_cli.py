@@ -342,6 +342,8 @@ def test_evaluate_on_a_tiny_pipeline(capsys, tiny, tmp_path):
     assert values["model"]["count"] == 6
     assert values == json.loads(output.read_text())
     assert "Did you mean `squares`?" in fail(capsys, "evaluate", manifest, "--source", "square")
+    for task, name in (("lengths", "same_at_all"), ("reconstruction", "psnr_db")):
+        assert name in succeed(capsys, "evaluate", manifest, *given, "--task", task, "--limit", "2")
     wrong = fail(capsys, "evaluate", manifest, *given, "--task", "answer")
     assert "Did you mean `answers`?" in wrong
 

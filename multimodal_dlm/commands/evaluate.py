@@ -1,5 +1,6 @@
-"""The command that measures captions and answers."""
+"""The command that measures captions, answers, text lengths and reconstruction."""
 
+import importlib
 import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,7 +12,13 @@ from multimodal_dlm.errors import unknown_name
 if TYPE_CHECKING:
     from jsonargparse import ArgumentParser
 
-TASKS = ("answers", "captions")
+# Task -> module of `multimodal_dlm.evaluation` that has `evaluate_<task>`.
+TASKS = {
+    "answers": "understanding",
+    "captions": "understanding",
+    "lengths": "understanding",
+    "reconstruction": "reconstruction",
+}
 
 
 def add_options(parser: "ArgumentParser", name: str) -> None:
@@ -33,14 +40,15 @@ def run_evaluate(
     output: str | None = None,
     device: str = "auto",
 ) -> Report:
-    """Measure captions or answers on held-out samples.
+    """Measure captions, answers, text lengths or the image tokenizer on held-out samples.
 
     Args:
         manifest: YAML file.
         source: dataset of the manifest
         split: held-out split
-        task: answers (exact match beside the blind baseline) or captions (exact name beside the
-            nearest training picture)
+        task: answers (exact match beside the blind baseline), captions (exact name beside the
+            nearest training picture), lengths (captions that do not depend on gen_length) or
+            reconstruction (PSNR and code usage of the image tokenizer)
         pipeline: folder of a saved pipeline, or `owner/name` on the Hub
         data_root: folder that holds the datasets' folders; null for the manifest's own folder
         limit: questions or pictures at most; null for all
@@ -56,11 +64,10 @@ def run_evaluate(
     if source not in sources:
         raise unknown_name("source", source, sources)
     require_folder(pipeline)
-    from multimodal_dlm.evaluation import understanding
-
     loaded = load("UnifiedImageToTextPipeline", pipeline, device)
     say(f"measuring {task} of {source}, split {split}")
-    measure = getattr(understanding, f"evaluate_{task}")
+    module = importlib.import_module(f"multimodal_dlm.evaluation.{TASKS[task]}")
+    measure = getattr(module, f"evaluate_{task}")
     result = measure(loaded, sources[source], split=split, limit=limit, batch_size=batch_size)
     values = {"task": task, "source": source, "split": split, "pipeline": pipeline, **result}
     if output is not None:
@@ -80,4 +87,6 @@ def _table(values: dict[str, Any]) -> str:
             lines += [
                 f"    {kind:<24}{100 * share:6.2f} %" for kind, share in row["by_type"].items()
             ]
+        elif not isinstance(row, str) and name != "seconds":
+            lines.append(f"  {name:<26}{row}")
     return "\n".join([*lines, f"{values['seconds']} s"])

@@ -119,6 +119,67 @@ def evaluate_captions(
     return result
 
 
+def evaluate_lengths(
+    pipeline: UnifiedImageToTextPipeline,
+    source: Source,
+    *,
+    split: str,
+    limit: int | None = None,
+    batch_size: int = 64,
+    lengths: Sequence[int] = (8, 16, 24),
+) -> dict[str, Any]:
+    """Share of pictures whose greedy caption does not depend on `gen_length`.
+
+    A caption of n tokens needs n + 1 positions, so each length is compared with the longest one
+    over the pictures whose longest-window caption fits in it.
+
+    Args:
+        pipeline: Describes the pictures, greedily.
+        source: Dataset with pictures.
+        split: Split to measure.
+        limit: Pictures at most.
+        batch_size: Pictures at once.
+        lengths: Values of `gen_length`; those beyond the model's text window are cut to it.
+
+    Raises:
+        DataError: When the split is empty.
+    """
+    samples = list(islice(iterate_samples(source, split), limit))
+    if not samples:
+        raise DataError(f"`{source.name}` has no sample in split `{split}`.")
+    images = [Image.fromarray(sample.image) for sample in samples]
+    describe: Any = pipeline
+    start = time.perf_counter()
+    limit_tokens = pipeline.processor.layout["max_window"]["text"]
+    lengths = sorted({min(length, limit_tokens) for length in lengths})
+    texts: dict[int, list[str]] = {}
+    for length in lengths:
+        texts[length] = []
+        for first in range(0, len(images), batch_size):
+            part = images[first : first + batch_size]
+            texts[length] += describe(part, gen_length=length).texts
+    longest = texts[lengths[-1]]
+    sizes = [len(pipeline.processor.encode_text(text)) + 1 for text in longest]
+    result: dict[str, Any] = {}
+    agreeing = Accuracy()
+    for length in lengths:
+        rows = [
+            (f"gen_length {length}", text == whole)
+            for text, whole, size in zip(texts[length], longest, sizes, strict=True)
+            if size <= length
+        ]
+        agreeing.extend(rows)
+    fitting = [
+        all(texts[length][i] == longest[i] for length in lengths)
+        for i, size in enumerate(sizes)
+        if size <= lengths[0]
+    ]
+    result["same_as_longest"] = agreeing.to_dict()
+    result["same_at_all"] = Accuracy().extend(("fits all", same) for same in fitting).to_dict()
+    result["seconds"] = round(time.perf_counter() - start, 1)
+    return result
+
+
 def name_of_sample(sample: Sample) -> str:
     """The true name: the concept in the record's meta, else the name in its first caption."""
     concept = sample.record.meta.get("concept")

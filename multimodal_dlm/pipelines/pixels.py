@@ -84,7 +84,7 @@ def _picture(image: Any, name: str, channels: int) -> Float[Tensor, "batch chann
         tensor = torch.from_numpy(array.copy())
         tensor = tensor.permute(2, 0, 1) if channels == 3 else tensor[None]
     elif isinstance(image, np.ndarray):
-        tensor = torch.from_numpy(np.ascontiguousarray(image))
+        tensor = torch.from_numpy(np.array(image))  # A copy: arrays may be read-only.
         if tensor.ndim >= 3 and tensor.shape[-1] in (1, 3):
             tensor = tensor.movedim(-1, -3)
     elif isinstance(image, Tensor):

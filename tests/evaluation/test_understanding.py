@@ -7,7 +7,11 @@ import pytest
 
 from multimodal_dlm.datasets import open_manifest
 from multimodal_dlm.errors import DataError
-from multimodal_dlm.evaluation.understanding import evaluate_answers, evaluate_captions
+from multimodal_dlm.evaluation.understanding import (
+    evaluate_answers,
+    evaluate_captions,
+    evaluate_lengths,
+)
 from multimodal_dlm.pipelines import UnifiedImageToTextPipeline
 from tests.evaluation.toy import COLORS, write_squares
 from tests.pipelines.tiny import tiny_components
@@ -68,3 +72,34 @@ def test_a_real_pipeline_is_measured(source):
     pipe.set_progress_bar_config(disable=True)
     result = evaluate_answers(pipe, source, split="test", limit=4, batch_size=2)
     assert result["model"]["count"] == 4
+
+
+class Cutting:
+    """Writes as many characters as it is given positions; one character is one token."""
+
+    def __init__(self, texts):
+        self.texts = texts
+        layout = {"max_window": {"text": 8}}
+        self.processor = SimpleNamespace(encode_text=list, layout=layout)
+
+    def __call__(self, images, gen_length):
+        return SimpleNamespace(texts=[self.texts[: gen_length - 1] for _ in images])
+
+
+def test_lengths_compare_captions_that_fit(source):
+    short = evaluate_lengths(Cutting("abc"), source, split="test", lengths=(4, 8))
+    assert short["same_as_longest"]["by_type"] == {"gen_length 4": 1.0, "gen_length 8": 1.0}
+    assert (short["same_at_all"]["accuracy"], short["same_at_all"]["count"]) == (1.0, 3)
+    long = evaluate_lengths(Cutting("abcdef"), source, split="test", lengths=(4, 24))
+    assert long["same_as_longest"]["by_type"] == {"gen_length 8": 1.0}
+    assert long["same_at_all"]["count"] == 0
+
+
+def test_lengths_notice_a_caption_that_changes(source):
+    class Fickle(Cutting):
+        def __call__(self, images, gen_length):
+            return SimpleNamespace(texts=[f"{gen_length}" for _ in images])
+
+    result = evaluate_lengths(Fickle(""), source, split="test", lengths=(4, 8))
+    assert result["same_as_longest"]["by_type"] == {"gen_length 4": 0.0, "gen_length 8": 1.0}
+    assert result["same_at_all"]["accuracy"] == 0.0

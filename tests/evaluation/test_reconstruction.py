@@ -1,0 +1,59 @@
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from multimodal_dlm.datasets import open_manifest
+from multimodal_dlm.errors import DataError
+from multimodal_dlm.evaluation.reconstruction import (
+    evaluate_reconstruction,
+    foreground,
+    peak_signal_to_noise,
+)
+from tests.evaluation.toy import IMAGE_SIZE, write_squares
+
+
+def test_psnr_against_hand_values():
+    pixels = torch.full((2, 3, 4, 4), 0.5)
+    other = pixels.clone()
+    other[0] += 0.1
+    other[1, :, 0, 0] += 0.4
+    assert peak_signal_to_noise(pixels, other).tolist() == pytest.approx([20.0, 20.0], abs=1e-3)
+    weight = torch.zeros(2, 1, 4, 4)
+    weight[:, :, 0, 0] = 1
+    expected = [20.0, -20 * torch.tensor(0.4).log10().item()]
+    assert peak_signal_to_noise(pixels, other, weight).tolist() == pytest.approx(expected, abs=1e-3)
+
+
+def test_foreground_is_what_differs_from_the_corner():
+    pixels = torch.full((1, 3, 4, 4), 0.9)
+    pixels[0, 1, 2, 3] = 0.5
+    pixels[0, 0, 1, 1] = 0.91
+    assert foreground(pixels)[0, 0].nonzero().tolist() == [[2, 3]]
+
+
+class Rounding:
+    """Codes are which third of the brightness the mean of a picture falls into."""
+
+    codebook_sizes = (3,)
+    config = {"image_size": IMAGE_SIZE}
+
+    def encode(self, pixels):
+        return ((pixels.mean(dim=(1, 2, 3)) * 3).long().clamp(0, 2).view(-1, 1, 1),)
+
+    def decode(self, codes):
+        value = (codes[0].float() + 0.5) / 3
+        return value.view(-1, 1, 1, 1).expand(-1, 3, IMAGE_SIZE, IMAGE_SIZE)
+
+
+def test_a_known_tokenizer_is_measured(tmp_path):
+    source = open_manifest(write_squares(tmp_path)).sources["squares"]
+    pipe = SimpleNamespace(image_tokenizer=Rounding())
+    result = evaluate_reconstruction(pipe, source, split="test", batch_size=2)
+    assert result["pictures"] == 3
+    assert result["codes_used"] == [round(1 / 3, 4)]
+    assert result["perplexity"] == [1.0]
+    assert 10 < result["psnr_db"] < 20
+    assert result["foreground_psnr_db"] < result["psnr_db"]
+    with pytest.raises(DataError, match="split `val`"):
+        evaluate_reconstruction(pipe, source, split="val")
