@@ -41,6 +41,10 @@ class CheckpointError(MultimodalDLMError):
     """A saved file is missing, changed since it was written, or made for something else."""
 
 
+class DivergenceError(MultimodalDLMError):
+    """The loss or the gradient is no longer a number; the message names step and samples."""
+
+
 def nearest_match(name: str, options: Iterable[str]) -> str:
     """Return a sentence naming the option closest to `name`, or an empty string."""
     close = difflib.get_close_matches(name, list(options), n=1, cutoff=0.5)

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from multimodal_dlm.errors import ConfigError, VocabularyError, unknown_name
 
-Codes = tuple[Int[Tensor, "batch height width"], ...]
+Codes = tuple[Int[Tensor, "batch rows columns"], ...]
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,7 @@ from accelerate.utils import gather_object
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from multimodal_dlm.errors import CheckpointError, MultimodalDLMError
+from multimodal_dlm.errors import CheckpointError, DivergenceError
 from multimodal_dlm.models.memory import keep_freed_memory
 from multimodal_dlm.training.batches import iterate_steps
 from multimodal_dlm.training.checkpoint import (
@@ -49,10 +49,6 @@ logger = logging.getLogger(__name__)
 
 CHECKPOINTS = "checkpoints"
 METRICS = "metrics.jsonl"
-
-
-class DivergenceError(MultimodalDLMError):
-    """The loss or the gradient is no longer a number; the message names step and samples."""
 
 
 class ModelView:

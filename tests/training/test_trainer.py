@@ -11,12 +11,11 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
-from multimodal_dlm.errors import CheckpointError
+from multimodal_dlm.errors import CheckpointError, DivergenceError
 from multimodal_dlm.pipelines import load_pipeline
 from multimodal_dlm.training.checkpoint import latest_checkpoint, list_checkpoints
 from multimodal_dlm.training.config import DataConfig
 from multimodal_dlm.training.run import describe, train
-from multimodal_dlm.training.trainer import DivergenceError
 from tests.training.runs import run_config
 
 
