@@ -14,6 +14,7 @@ if TYPE_CHECKING:
         CheckpointError,
         ConfigError,
         DataError,
+        DivergenceError,
         MultimodalDLMError,
         VocabularyError,
     )
@@ -42,6 +43,7 @@ __all__ = [
     "ConfidenceScheduler",
     "ConfigError",
     "DataError",
+    "DivergenceError",
     "ImageTokenizer",
     "MultimodalDLMError",
     "UnifiedImageToTextPipeline",
@@ -65,6 +67,7 @@ _NAMES_BY_MODULE = {
         "CheckpointError",
         "ConfigError",
         "DataError",
+        "DivergenceError",
         "MultimodalDLMError",
         "VocabularyError",
     ),
