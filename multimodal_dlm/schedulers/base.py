@@ -8,7 +8,7 @@ to one run is in the `SchedulerState` that `begin` opens and `step` requires.
 import math
 from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -38,15 +38,18 @@ class SchedulerState:
         settings: Options of that modality, with the time window of this group.
         initial_sample: Columns the group began with; the counts of the plan are its masked free
             positions.
+        memory: Tensors (batch, seq, ...) a subclass or its commit rule kept at the last step.
     """
 
     modality: str
     settings: ModalitySettings
     initial_sample: Int[Tensor, "batch seq"]
+    memory: Mapping[str, Tensor] = field(default_factory=dict)
 
     def map_tensors(self, function: Callable[[Tensor], Tensor]) -> "SchedulerState":
         """A copy with every tensor, all (batch, ...), moved as the canvas moved."""
-        return replace(self, initial_sample=function(self.initial_sample))
+        memory = {name: function(tensor) for name, tensor in self.memory.items()}
+        return replace(self, initial_sample=function(self.initial_sample), memory=memory)
 
 
 @dataclass
@@ -105,6 +108,7 @@ class StepInput:
         num_left: Masked positions the plan leaves in each row, fewer than now in unfinished rows.
         times: Place of the step in the group's time window.
         settings: Options of the modality.
+        memory: What the last step left in `StepResult.memory`.
     """
 
     logits: Float[Tensor, "batch seq columns"]
@@ -116,6 +120,7 @@ class StepInput:
     num_left: Int[Tensor, " batch"]
     times: StepTimes
     settings: ModalitySettings
+    memory: Mapping[str, Tensor] = field(default_factory=dict)
 
     @property
     def mask_column(self) -> int:
@@ -125,11 +130,15 @@ class StepInput:
 
 @dataclass(frozen=True)
 class StepResult:
-    """What a subclass decides: columns after the step, drawn tokens, and what they came from."""
+    """What a subclass decides: columns after the step, drawn tokens, and what they came from.
+
+    `memory` holds tensors (batch, seq, ...) that the next step of the same run will see.
+    """
 
     prev_sample: Int[Tensor, "batch seq"]
     pred_original_sample: Int[Tensor, "batch seq"]
     pred_logits: Float[Tensor, "batch seq columns"]
+    memory: Mapping[str, Tensor] = field(default_factory=dict)
 
 
 class DiscreteScheduler(SchedulerMixin, ConfigMixin):
@@ -265,10 +274,11 @@ class DiscreteScheduler(SchedulerMixin, ConfigMixin):
                     num_left=torch.minimum(planned, is_masked.sum(dim=1) - 1).clamp(min=0),
                     times=times,
                     settings=state.settings,
+                    memory=state.memory,
                 )
             )
         else:
-            result = StepResult(sample.clone(), sample.clone(), logits.clone())
+            result = StepResult(sample.clone(), sample.clone(), logits.clone(), state.memory)
         was_masked = sample == mask_column
         is_still_masked = result.prev_sample == mask_column
         output = DiscreteSchedulerOutput(
@@ -277,7 +287,7 @@ class DiscreteScheduler(SchedulerMixin, ConfigMixin):
             committed=was_masked & ~is_still_masked,
             revoked=~was_masked & is_still_masked,
             pred_logits=result.pred_logits,
-            state=state,
+            state=replace(state, memory=result.memory),
         )
         return output if return_dict else output.to_tuple()
 

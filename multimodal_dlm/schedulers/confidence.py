@@ -10,8 +10,9 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from multimodal_dlm.schedulers.base import DiscreteScheduler, StepInput, StepResult
+from multimodal_dlm.schedulers.commit_rules import Candidates, Selection
 from multimodal_dlm.schedulers.presets import CONFIDENCE_MODALITIES
-from multimodal_dlm.schedulers.proposal import propose
+from multimodal_dlm.schedulers.proposal import Proposal, propose
 from multimodal_dlm.schedulers.shaping import gumbel_noise, rank_descending
 from multimodal_dlm.schedulers.text_window import TextWindow
 
@@ -22,7 +23,8 @@ class ConfidenceScheduler(DiscreteScheduler):
     Each masked position draws a token; its score is the log-probability of that token under the
     column-restricted softmax at temperature 1, plus choice_temperature x time left x Gumbel noise
     (Chang et al. 2022, MaskGIT, arXiv 2202.04200). The k best scores are committed, k = masked now
-    - floor(N0 (1 - alpha)), at least 1.
+    - floor(N0 (1 - alpha)), at least 1. A modality's `commit_rule` commits what it calls sure
+    ahead of that plan, so that a run may end early; the plan stays the least a step commits.
 
     Where a modality has `eos_column` and `fill_column`, a finished window is content, one `<eos>`,
     then `<fill>`: a chosen `<fill>` with no `<eos>` to its left is held back, but counts in the
@@ -51,11 +53,12 @@ class ConfidenceScheduler(DiscreteScheduler):
     def _reverse_plain(self, step: StepInput) -> StepResult:
         proposal = propose(step, step.sample, step.is_masked, step.allowed)
         scores = self._scores(step, proposal.confidence, step.is_masked)
-        is_chosen = _best(scores, step.is_masked, step.num_left)
+        chosen = self._chosen(step, proposal, scores, step.is_masked)
         return StepResult(
-            prev_sample=torch.where(is_chosen, proposal.columns, step.sample),
+            prev_sample=torch.where(chosen.is_sure, proposal.columns, step.sample),
             pred_original_sample=proposal.columns,
             pred_logits=proposal.pred_logits,
+            memory=chosen.memory,
         )
 
     def _reverse_window(self, step: StepInput, eos: int, fill: int) -> StepResult:
@@ -80,13 +83,39 @@ class ConfidenceScheduler(DiscreteScheduler):
             step, window.sample, window.is_masked, possible, _narrow(possible, closing)
         )
         scores = self._scores(step, proposal.confidence, window.is_masked)
-        is_chosen = _best(scores, window.is_masked, step.num_left)
-        window = window.commit(proposal.columns, scores, is_chosen, is_last=step.times.is_last)
+        chosen = self._chosen(step, proposal, scores, window.is_masked)
+        window = window.commit(proposal.columns, scores, chosen.is_sure, is_last=step.times.is_last)
         return StepResult(
             prev_sample=window.sample,
             pred_original_sample=proposal.columns,
             pred_logits=proposal.pred_logits,
+            memory=chosen.memory,
         )
+
+    def _chosen(
+        self,
+        step: StepInput,
+        proposal: Proposal,
+        scores: Float[Tensor, "batch seq"],
+        is_masked: Bool[Tensor, "batch seq"],
+    ) -> Selection:
+        """What the commit rule calls sure, made up to the plan's count by the best scores."""
+        count = is_masked.sum(dim=1) - step.num_left
+        rule = step.settings.rule
+        if rule is None:
+            return Selection(_best(scores, is_masked, count))
+        selection = rule(
+            Candidates(
+                is_masked=is_masked,
+                confidence=proposal.confidence,
+                log_probabilities=proposal.log_probabilities,
+                progress=1.0 - step.times.time_left,
+                memory=step.memory,
+            )
+        )
+        count = torch.maximum(count, selection.is_sure.sum(dim=1))
+        scores = scores.masked_fill(selection.is_sure, torch.inf)
+        return Selection(_best(scores, is_masked, count), selection.memory)
 
     def _scores(
         self,
@@ -103,10 +132,9 @@ class ConfidenceScheduler(DiscreteScheduler):
 def _best(
     scores: Float[Tensor, "batch seq"],
     is_masked: Bool[Tensor, "batch seq"],
-    num_left: Int[Tensor, " batch"],
+    count: Int[Tensor, " batch"],
 ) -> Bool[Tensor, "batch seq"]:
-    """The best-scored masked positions of each row, all but `num_left`."""
-    count = is_masked.sum(dim=1) - num_left
+    """The `count` best-scored masked positions of each row."""
     return is_masked & (rank_descending(scores) < count[:, None])
 
 

@@ -18,11 +18,14 @@ class Proposal:
         columns: Drawn token at masked positions, the sample elsewhere.
         confidence: Log-probability of the drawn token under the softmax over its possible columns
             at temperature 1, before top-k and top-p; 0 at positions that are not masked.
+        log_probabilities: The distributions of the confidence at the masked positions, in the
+            order of `is_masked`.
         pred_logits: Shaped logits at masked positions, the logits as given elsewhere.
     """
 
     columns: Int[Tensor, "batch seq"]
     confidence: Float[Tensor, "batch seq"]
+    log_probabilities: Float[Tensor, "masked columns"]
     pred_logits: Float[Tensor, "batch seq columns"]
 
 
@@ -63,4 +66,9 @@ def propose(
     confidence[is_masked] = chosen.clamp(min=torch.finfo(torch.float32).min)
     pred_logits = step.logits.clone()
     pred_logits[is_masked] = shaped
-    return Proposal(columns=columns, confidence=confidence, pred_logits=pred_logits)
+    return Proposal(
+        columns=columns,
+        confidence=confidence,
+        log_probabilities=log_probabilities,
+        pred_logits=pred_logits,
+    )

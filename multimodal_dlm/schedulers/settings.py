@@ -7,6 +7,7 @@ from typing import Any
 
 from multimodal_dlm.diffusion.mask_schedules import MaskSchedule, get_mask_schedule
 from multimodal_dlm.errors import ConfigError, unknown_name
+from multimodal_dlm.schedulers.commit_rules import CommitRule, get_commit_rule
 
 TIME_TOLERANCE = 1e-9  # Times are float64 on the host; anything closer is the same time.
 
@@ -25,6 +26,10 @@ class ModalitySettings:
             left (confidence-type schedulers only).
         top_k: Draw among the k most likely columns; None for all.
         top_p: Draw among the most likely columns that together hold this probability; None for all.
+        commit_rule: Name of the rule that commits sure tokens ahead of the plan: `threshold`,
+            `factor`, `entropy_bound`, `stability` or `early_exit`; None follows the plan alone
+            (confidence-type schedulers only).
+        commit_rule_options: Keyword options of that rule.
         eos_column: Column that ends the content of a window; None for no length rule.
         fill_column: Column that fills a window after its end; None for no length rule.
 
@@ -40,11 +45,14 @@ class ModalitySettings:
     choice_temperature: float = 0.0
     top_k: int | None = None
     top_p: float | None = None
+    commit_rule: str | None = None
+    commit_rule_options: Mapping[str, Any] = field(default_factory=dict)
     eos_column: int | None = None
     fill_column: int | None = None
 
     def __post_init__(self) -> None:
         self.alpha_schedule  # noqa: B018 (an unknown name must fail here, not at the first step)
+        self.rule  # noqa: B018
         if not 0.0 <= self.stop < self.start <= 1.0:
             raise ConfigError(
                 "`start` and `stop` must satisfy 0 <= stop < start <= 1; got start"
@@ -80,6 +88,18 @@ class ModalitySettings:
         """The mask schedule these options name."""
         return get_mask_schedule(self.mask_schedule, **self.mask_schedule_options)
 
+    @property
+    def rule(self) -> CommitRule | None:
+        """The commit rule these options name."""
+        if self.commit_rule is None:
+            if self.commit_rule_options:
+                raise ConfigError(
+                    "`commit_rule_options` needs a `commit_rule`; got"
+                    f" {dict(self.commit_rule_options)} and None. Name the rule."
+                )
+            return None
+        return get_commit_rule(self.commit_rule, **self.commit_rule_options)
+
     def between(self, start: float | None, stop: float | None) -> "ModalitySettings":
         """The same settings on another time window; None keeps an end."""
         return replace(
@@ -100,7 +120,11 @@ class ModalitySettings:
     def to_options(self) -> dict[str, Any]:
         """All options as JSON values."""
         options = {part.name: getattr(self, part.name) for part in fields(self)}
-        return {**options, "mask_schedule_options": dict(self.mask_schedule_options)}
+        return {
+            **options,
+            "mask_schedule_options": dict(self.mask_schedule_options),
+            "commit_rule_options": dict(self.commit_rule_options),
+        }
 
     @classmethod
     def from_options(cls, modality: str, options: Any) -> "ModalitySettings":

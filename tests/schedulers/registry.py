@@ -30,10 +30,26 @@ SCHEDULERS: dict[str, tuple[type[DiscreteScheduler], dict[str, Any]]] = {
 }
 
 
+# Options of every modality of a registered scheduler, beside its constructor's.
+MODALITY_OPTIONS: dict[str, dict[str, Any]] = {
+    f"confidence_{rule}": {"commit_rule": rule, "commit_rule_options": options}
+    for rule, options in {
+        "threshold": {"threshold": 0.4},
+        "factor": {"factor": 2.0},
+        "entropy_bound": {"bound": 3.0},
+        "stability": {"threshold": 0.3, "kl_bound": 0.5, "num_steps": 1},
+        "early_exit": {"early": 3.0, "middle": 2.0, "late": 1.0},
+    }.items()
+}
+SCHEDULERS.update({name: (ConfidenceScheduler, {}) for name in MODALITY_OPTIONS})
+
+
 def make_scheduler(name: str, modalities: dict[str, Any] | None = None) -> DiscreteScheduler:
     """A registered scheduler with the test modalities, or others."""
     cls, options = SCHEDULERS[name]
-    return cls(modalities=modalities or MODALITIES, **options)
+    extra = MODALITY_OPTIONS.get(name, {})
+    modalities = {key: {**own, **extra} for key, own in (modalities or MODALITIES).items()}
+    return cls(modalities=modalities, **options)
 
 
 def seeds_to_generators(seeds: Sequence[int]) -> list[torch.Generator]:

@@ -116,7 +116,7 @@ def test_a_batch_of_ragged_rows_equals_single_calls(
             output = scheduler.step(
                 logits, timestep, sample, state=state, is_free=free, generator=generators
             )
-            sample = output.prev_sample
+            sample, state = output.prev_sample, output.state
         return sample, [torch.rand(1, generator=generator) for generator in generators]
 
     together, next_draws = finish(start, is_free, list(range(len(lengths))))
