@@ -27,6 +27,7 @@ from multimodal_dlm.schedulers.checks import (
     expand_allowed,
 )
 from multimodal_dlm.schedulers.settings import TIME_TOLERANCE, ModalitySettings
+from multimodal_dlm.schedulers.step_plan import plan_steps
 
 
 @dataclass(frozen=True)
@@ -84,6 +85,8 @@ class StepTimes:
         masked_share: Share of the group that the plan leaves masked after the step.
         share_before: The same before the step.
         time_left: Local time after the step, from 1 (start) to 0 (stop).
+        num_done: Steps of the window that are over after this one.
+        num_steps: Steps of the window.
     """
 
     has_begun: bool
@@ -91,6 +94,8 @@ class StepTimes:
     masked_share: float
     share_before: float
     time_left: float
+    num_done: int
+    num_steps: int
 
 
 @dataclass(frozen=True)
@@ -262,7 +267,7 @@ class DiscreteScheduler(SchedulerMixin, ConfigMixin):
         mask_column = logits.shape[-1]
         is_masked = is_free & (sample == mask_column)
         if times.has_begun and bool(is_masked.any()):
-            planned = _planned_counts(state, is_free, mask_column, times.masked_share)
+            planned = _planned_counts(state, is_free, mask_column, times)
             result = self._reverse(
                 StepInput(
                     logits=logits,
@@ -316,12 +321,15 @@ class DiscreteScheduler(SchedulerMixin, ConfigMixin):
             )
         before, after = 1.0 - index / count, 1.0 - (index + 1) / count
         time_left = settings.local_time(after)
+        first, last = _steps_inside(count, settings)
         return StepTimes(
             has_begun=after < settings.start - TIME_TOLERANCE,
             is_last=time_left <= TIME_TOLERANCE,
             masked_share=settings.masked_share(after),
             share_before=settings.masked_share(before),
             time_left=time_left,
+            num_done=min(index, last) - first + 1,
+            num_steps=last - first + 1,
         )
 
     def _draw_uniforms(
@@ -355,12 +363,30 @@ class DiscreteScheduler(SchedulerMixin, ConfigMixin):
         return uniforms
 
 
+def _steps_inside(count: int, settings: ModalitySettings) -> tuple[int, int]:
+    """The first and the last step of a time window that commit something."""
+    after = [1.0 - (index + 1) / count for index in range(count)]
+    first = next(index for index, t in enumerate(after) if t < settings.start - TIME_TOLERANCE)
+    last = next(index for index, t in enumerate(after) if t <= settings.stop + TIME_TOLERANCE)
+    return first, max(first, last)
+
+
 def _planned_counts(
     state: SchedulerState,
     is_free: Bool[Tensor, "batch seq"],
     mask_column: int,
-    masked_share: float,
+    times: StepTimes,
 ) -> Int[Tensor, " batch"]:
-    """Positions left masked after the step: floor(N0 (1 - alpha)), in float64 with +1e-9."""
+    """Positions left masked after the step.
+
+    floor(N0 (1 - alpha)), in float64 with +1e-9; or what the step plan of a profile leaves.
+    """
     initial = (is_free & (state.initial_sample == mask_column)).sum(dim=1)
-    return torch.floor(initial.to(torch.float64) * masked_share + 1e-9).long()
+    profile = state.settings.step_profile
+    if profile is None:
+        return torch.floor(initial.to(torch.float64) * times.masked_share + 1e-9).long()
+    left = [
+        count - sum(plan_steps(profile, count, times.num_steps)[: times.num_done]) if count else 0
+        for count in initial.tolist()
+    ]
+    return torch.tensor(left, dtype=torch.long, device=initial.device)

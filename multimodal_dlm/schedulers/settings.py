@@ -1,13 +1,14 @@
 """What a scheduler knows about one modality: its path through the square and its shaping."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 from multimodal_dlm.diffusion.mask_schedules import MaskSchedule, get_mask_schedule
 from multimodal_dlm.errors import ConfigError, unknown_name
 from multimodal_dlm.schedulers.commit_rules import CommitRule, get_commit_rule
+from multimodal_dlm.schedulers.step_plan import check_profile
 
 TIME_TOLERANCE = 1e-9  # Times are float64 on the host; anything closer is the same time.
 
@@ -19,6 +20,9 @@ class ModalitySettings:
     Args:
         mask_schedule: Name of alpha(t): `linear`, `cosine`, `polynomial` or `geometric`.
         mask_schedule_options: Keyword options of that mask schedule.
+        step_profile: Measured information profile, nats a token at evenly spaced shares of known
+            tokens; the counts of a window then come from `step_plan.plan_steps` instead of the
+            mask schedule. None for the mask schedule.
         start: Time in (0, 1] at which the first token may be committed.
         stop: Time in [0, start) at which the last token has been committed.
         temperature: Divides the logits before a token is drawn; 0 takes the most likely token.
@@ -39,6 +43,7 @@ class ModalitySettings:
 
     mask_schedule: str = "linear"
     mask_schedule_options: Mapping[str, Any] = field(default_factory=dict)
+    step_profile: Sequence[float] | None = None
     start: float = 1.0
     stop: float = 0.0
     temperature: float = 0.0
@@ -53,6 +58,8 @@ class ModalitySettings:
     def __post_init__(self) -> None:
         self.alpha_schedule  # noqa: B018 (an unknown name must fail here, not at the first step)
         self.rule  # noqa: B018
+        if self.step_profile is not None:
+            check_profile(self.step_profile)
         if not 0.0 <= self.stop < self.start <= 1.0:
             raise ConfigError(
                 "`start` and `stop` must satisfy 0 <= stop < start <= 1; got start"
@@ -120,8 +127,10 @@ class ModalitySettings:
     def to_options(self) -> dict[str, Any]:
         """All options as JSON values."""
         options = {part.name: getattr(self, part.name) for part in fields(self)}
+        profile = self.step_profile
         return {
             **options,
+            "step_profile": None if profile is None else [float(value) for value in profile],
             "mask_schedule_options": dict(self.mask_schedule_options),
             "commit_rule_options": dict(self.commit_rule_options),
         }

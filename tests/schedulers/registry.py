@@ -41,6 +41,7 @@ MODALITY_OPTIONS: dict[str, dict[str, Any]] = {
         "early_exit": {"early": 3.0, "middle": 2.0, "late": 1.0},
     }.items()
 }
+MODALITY_OPTIONS["confidence_profile"] = {"step_profile": [5.0, 2.5, 2.0, 1.8]}
 SCHEDULERS.update({name: (ConfidenceScheduler, {}) for name in MODALITY_OPTIONS})
 
 
