@@ -70,6 +70,10 @@ class Canvas:
         """A copy holding some rows, by slice, integer index or boolean mask."""
         return Canvas(**{part.name: getattr(self, part.name)[index] for part in fields(self)})
 
+    def select_columns(self, index: Tensor | slice) -> "Canvas":
+        """A copy holding some columns, by slice, integer index or boolean mask."""
+        return Canvas(**{part.name: getattr(self, part.name)[:, index] for part in fields(self)})
+
     @cached_property
     def _runs(self) -> dict[int, slice]:
         return _window_runs(self.window_ids)

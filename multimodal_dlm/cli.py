@@ -53,10 +53,11 @@ COMMANDS = {
     "data build": Command("data", "build the shards and the manifest of a dataset"),
     "data inspect": Command("data", "show counts, licences and examples of a manifest"),
     "evaluate": Command("evaluate", "measure captions and answers on held-out samples"),
+    "study step-plan": Command("study", "measure what a window is worth drawing in how many steps"),
     "demo": Command("demo", "show every task on the released pipeline"),
     "card": Command("card", "write the model card of a saved pipeline"),
 }
-GROUPS = {"data": "build or inspect datasets"}
+GROUPS = {"data": "build or inspect datasets", "study": "measure how a model denoises"}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -137,7 +138,7 @@ def _parse(
         name: value for name, value in vars(settings).items() if name not in ("format", "debug")
     }
     module = importlib.import_module(f"multimodal_dlm.commands.{COMMANDS[' '.join(path)].module}")
-    return getattr(module, f"run_{path[-1]}"), options
+    return getattr(module, f"run_{path[-1].replace('-', '_')}"), options
 
 
 if __name__ == "__main__":

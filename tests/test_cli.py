@@ -16,6 +16,7 @@ from multimodal_dlm.commands.pictures import box_mask, file_stem
 from multimodal_dlm.commands.reporting import find_format
 from multimodal_dlm.errors import ConfigError
 from multimodal_dlm.pipelines import UnifiedTextToImagePipeline, read_recipe
+from multimodal_dlm.schedulers import ConfidenceScheduler
 from tests.conftest import REPOSITORY
 from tests.evaluation.toy import write_squares
 from tests.pipelines.tiny import tiny_components
@@ -342,10 +343,31 @@ def test_evaluate_on_a_tiny_pipeline(capsys, tiny, tmp_path):
     assert values["model"]["count"] == 6
     assert values == json.loads(output.read_text())
     assert "Did you mean `squares`?" in fail(capsys, "evaluate", manifest, "--source", "square")
-    for task, name in (("lengths", "same_at_all"), ("reconstruction", "psnr_db")):
+    for task, name in (
+        ("lengths", "same_at_all"),
+        ("likelihood", "auc"),
+        ("reconstruction", "psnr_db"),
+    ):
         assert name in succeed(capsys, "evaluate", manifest, *given, "--task", task, "--limit", "2")
     wrong = fail(capsys, "evaluate", manifest, *given, "--task", "answer")
     assert "Did you mean `answers`?" in wrong
+
+
+def test_step_plan_of_a_tiny_pipeline(capsys, tiny, tmp_path):
+    given = [
+        str(tiny / "squares.yaml"), "--source", "squares", "--pipeline", str(tiny / "pipeline"),
+    ]  # fmt: skip
+    values = succeed(
+        capsys, "study", "step-plan", *given, "--points", "3",
+        "--output", str(tmp_path / "profile.json"), "--save-scheduler", str(tmp_path / "planned"),
+    )  # fmt: skip
+    assert values == json.loads((tmp_path / "profile.json").read_text())
+    assert set(values["predictions"]) == {"linear", "cosine", "geometric", "planned"}
+    planned = ConfidenceScheduler.from_pretrained(tmp_path / "planned")
+    assert planned.config.modalities["image"]["step_profile"] == values["values"]
+    assert planned.config.modalities["text"]["step_profile"] is None
+    wrong = fail(capsys, "study", "step-plan", *given, "--task", "captions")
+    assert "Did you mean `caption`?" in wrong
 
 
 def test_card_is_written_beside_the_pipeline(capsys, tiny, tmp_path):

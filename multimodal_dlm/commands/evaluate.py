@@ -1,4 +1,4 @@
-"""The command that measures captions, answers, text lengths and reconstruction."""
+"""The command that measures captions, answers, text lengths, likelihood and reconstruction."""
 
 import importlib
 import json
@@ -17,6 +17,7 @@ TASKS = {
     "answers": "understanding",
     "captions": "understanding",
     "lengths": "understanding",
+    "likelihood": "likelihood",
     "reconstruction": "reconstruction",
 }
 
@@ -40,15 +41,16 @@ def run_evaluate(
     output: str | None = None,
     device: str = "auto",
 ) -> Report:
-    """Measure captions, answers, text lengths or the image tokenizer on held-out samples.
+    """Measure captions, answers, lengths, likelihood or the image tokenizer on held-out samples.
 
     Args:
         manifest: YAML file.
         source: dataset of the manifest
         split: held-out split
         task: answers (exact match beside the blind baseline), captions (exact name beside the
-            nearest training picture), lengths (captions that do not depend on gen_length) or
-            reconstruction (PSNR and code usage of the image tokenizer)
+            nearest training picture), lengths (captions that do not depend on gen_length),
+            likelihood (NELBO of texts and pictures, AUC of matched pairs) or reconstruction
+            (PSNR and code usage of the image tokenizer)
         pipeline: folder of a saved pipeline, or `owner/name` on the Hub
         data_root: folder that holds the datasets' folders; null for the manifest's own folder
         limit: questions or pictures at most; null for all
@@ -79,7 +81,11 @@ def run_evaluate(
 def _table(values: dict[str, Any]) -> str:
     lines = [f"{values['task']} of {values['source']}, split {values['split']}"]
     for name, row in values.items():
-        if isinstance(row, dict):
+        if isinstance(row, dict) and "nats" in row:
+            lines.append(
+                f"  {name:<26}{row['nats']:8.3f} nats a row, {row['low']:.3f} to {row['high']:.3f}"
+            )
+        elif isinstance(row, dict):
             lines.append(
                 f"  {name:<26}{100 * row['accuracy']:6.2f} % ± {100 * row['standard_error']:.2f}"
                 f"  of {row['count']:,}"

@@ -24,6 +24,7 @@ from multimodal_dlm.pipelines.image_metadata import attach_recipe
 from multimodal_dlm.pipelines.manifest import weights_fingerprint
 from multimodal_dlm.pipelines.outputs import UnifiedTextOutput
 from multimodal_dlm.pipelines.pixels import from_pixels, to_pixels
+from multimodal_dlm.pipelines.scoring import ScoringMixin
 from multimodal_dlm.processing import Codes, UnifiedProcessor
 from multimodal_dlm.schedulers import DiscreteScheduler
 from multimodal_dlm.tokenizers.image import ImageTokenizer
@@ -33,7 +34,7 @@ Callback = Callable[[Any, int, float, dict[str, Any]], Mapping[str, Any] | None]
 Pipeline = TypeVar("Pipeline", bound="UnifiedPipeline")
 
 
-class UnifiedPipeline(SharingMixin, DiffusionPipeline):
+class UnifiedPipeline(ScoringMixin, SharingMixin, DiffusionPipeline):
     """Base of the five pipelines, all over the same components.
 
     Args:

@@ -11,7 +11,12 @@ from hypothesis import strategies as st
 
 from multimodal_dlm.errors import ConfigError
 from multimodal_dlm.schedulers import AbsorbingAncestralScheduler, ConfidenceScheduler
-from multimodal_dlm.schedulers.step_plan import interpolate_profile, parallel_error, plan_steps
+from multimodal_dlm.schedulers.step_plan import (
+    check_profile,
+    interpolate_profile,
+    parallel_error,
+    plan_steps,
+)
 from tests.schedulers.registry import masked_start, run
 
 
@@ -136,7 +141,7 @@ def test_a_time_window_has_its_own_number_of_steps():
 @pytest.mark.parametrize("profile", [[1.0], [1.0, -0.5], [1.0, float("nan")], "steep", [1, "2"]])
 def test_profiles_are_checked(profile):
     with pytest.raises(ConfigError, match=r"`step_profile` must be a list of 2 or more finite"):
-        plan_steps(profile, 4, 2)
+        check_profile(profile)
 
 
 def test_a_wrong_profile_is_refused_by_the_config():

@@ -1,0 +1,113 @@
+"""The commands that measure how a model denoises."""
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from multimodal_dlm.commands.loading import RELEASED_PIPELINE, load, require_folder
+from multimodal_dlm.commands.reporting import Report, say
+from multimodal_dlm.errors import unknown_name
+
+if TYPE_CHECKING:
+    from jsonargparse import ArgumentParser
+
+
+def add_options(parser: "ArgumentParser", name: str) -> None:
+    """Add the options of the command."""
+    parser.add_argument("manifest", type=str, help="YAML file")
+    parser.add_function_arguments(run_step_plan, skip={"manifest"}, as_group=False)
+
+
+def run_step_plan(
+    manifest: str,
+    *,
+    source: str,
+    split: str = "test",
+    task: str = "text_to_image",
+    pipeline: str = RELEASED_PIPELINE,
+    data_root: str | None = None,
+    points: int = 17,
+    limit: int = 256,
+    seed: int = 0,
+    output: str | None = None,
+    save_scheduler: str | None = None,
+    device: str = "auto",
+) -> Report:
+    """Measure the information profile of a modality and predict what step plans cost.
+
+    Args:
+        manifest: YAML file.
+        source: dataset of the manifest
+        split: held-out split
+        task: whose window is scored: text_to_image, caption, vqa, unconditional_image or
+            unconditional_text
+        pipeline: folder of a saved pipeline, or `owner/name` on the Hub
+        data_root: folder that holds the datasets' folders; null for the manifest's own folder
+        points: shares of known tokens at which to measure
+        limit: rows at most
+        seed: of the masks
+        output: JSON file for the result; null writes none
+        save_scheduler: folder for the pipeline's scheduler with this profile; null writes none
+        device: auto, cpu, cuda, cuda:1, mps
+    """
+    from multimodal_dlm.datasets.manifest import open_manifest
+
+    sources = open_manifest(manifest, data_root).sources
+    if source not in sources:
+        raise unknown_name("source", source, sources)
+    require_folder(pipeline)
+    loaded = load("UnifiedTextToImagePipeline", pipeline, device)
+    from multimodal_dlm.evaluation.step_profile import measure_step_profile
+
+    profile = measure_step_profile(
+        loaded,
+        sources[source],
+        split=split,
+        task=task,
+        num_points=points,
+        limit=limit,
+        seed=seed,
+        progress=lambda done, total: say(f"share {done} of {total}"),
+    )
+    values = {"source": source, "split": split, "pipeline": pipeline, "seed": seed}
+    values |= asdict(profile)
+    if output is not None:
+        Path(output).parent.mkdir(parents=True, exist_ok=True)
+        Path(output).write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+    if save_scheduler is not None:
+        _with_profile(loaded.scheduler, profile.modality, profile.values).save_pretrained(
+            save_scheduler
+        )
+    return Report(values, _table(values))
+
+
+def _with_profile(scheduler: Any, modality: str, profile: list[float]) -> Any:
+    """The same scheduler, one modality planned by a profile."""
+    modalities = {name: dict(options) for name, options in scheduler.config.modalities.items()}
+    modalities[modality]["step_profile"] = profile
+    return type(scheduler).from_config(scheduler.config, modalities=modalities)
+
+
+def _table(values: dict[str, Any]) -> str:
+    last = len(values["values"]) - 1
+    lines = [
+        f"{values['task']} of {values['source']}, split {values['split']}:"
+        f" {values['num_rows']} rows, up to {values['num_tokens']} {values['modality']} tokens",
+        "  known   nats a token",
+    ]
+    lines += [
+        f"  {100 * place / last:4.0f} %   {value:6.3f} ± {error:.3f}"
+        for place, (value, error) in enumerate(
+            zip(values["values"], values["standard_errors"], strict=True)
+        )
+    ]
+    if values["predictions"]:
+        counts = list(next(iter(values["predictions"].values())))
+        lines.append("  predicted nats lost by drawing in parallel, random order")
+        lines.append("  steps     " + "".join(f"{count:>10}" for count in counts))
+        lines += [
+            f"  {name:<10}" + "".join(f"{row[count]:10.3f}" for count in counts)
+            for name, row in values["predictions"].items()
+        ]
+    return "\n".join(lines)
