@@ -19,7 +19,7 @@ import diffusers
 import torch
 
 from multimodal_dlm.layout import make_layout
-from multimodal_dlm.models.kv_cache import PrefixCacheConfig
+from multimodal_dlm.models.kv_cache import ExactCacheConfig
 from multimodal_dlm.models.presets import get_preset
 from multimodal_dlm.models.transformer import UnifiedTransformerModel
 from multimodal_dlm.pipelines import UnifiedTextToImagePipeline
@@ -60,7 +60,7 @@ def measure(pipeline: Any, batches: list[int], repeats: int) -> list[dict[str, A
         for dtype, has_cache, batch in settings:
             pipeline.transformer.to(DTYPES[dtype])
             if has_cache:
-                pipeline.transformer.enable_cache(PrefixCacheConfig())
+                pipeline.transformer.enable_cache(ExactCacheConfig())
             elif pipeline.transformer.is_cache_enabled:
                 pipeline.transformer.disable_cache()
             start = time.perf_counter()

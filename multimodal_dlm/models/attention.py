@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from multimodal_dlm.errors import BackendError, unknown_name
 from multimodal_dlm.models.attention_plan import AttentionPlan
 from multimodal_dlm.models.fused import RotaryAttention, use_fused, wide_linear
-from multimodal_dlm.models.kv_cache import PrefixCache
+from multimodal_dlm.models.kv_cache import ExactCache
 from multimodal_dlm.models.positions import Rotary, apply_rotary
 
 EAGER_MAX_LENGTH = 320
@@ -83,7 +83,7 @@ class UnifiedAttnProcessor:
         hidden_states: Float[Tensor, "batch length width"],
         rotary: Rotary,
         plan: AttentionPlan,
-        kv_cache: PrefixCache | None,
+        kv_cache: ExactCache | None,
     ) -> Float[Tensor, "batch length width"]:
         """Queries of `hidden_states` against its own keys, and the cached ones if there are any."""
         qkv = wide_linear(attn.to_qkv, hidden_states)
@@ -111,7 +111,7 @@ class UnifiedAttnProcessor:
             )
         return attn.to_out(out.flatten(2))
 
-    def choose(self, qkv: Tensor, plan: AttentionPlan, kv_cache: PrefixCache | None) -> str:
+    def choose(self, qkv: Tensor, plan: AttentionPlan, kv_cache: ExactCache | None) -> str:
         """The name of the backend to use; `auto` resolved by device, dtype and length."""
         name = self._attention_backend
         if name is not None and name != "auto":
@@ -189,7 +189,7 @@ class UnifiedAttention(nn.Module, AttentionModuleMixin):
         hidden_states: Tensor,
         rotary: Rotary,
         plan: AttentionPlan,
-        kv_cache: PrefixCache | None = None,
+        kv_cache: ExactCache | None = None,
     ) -> Tensor:
         """Attend under the plan; (batch, length, width) in and out."""
         processor = cast("UnifiedAttnProcessor", self.processor)

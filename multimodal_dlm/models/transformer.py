@@ -32,7 +32,7 @@ from torch import Tensor, nn
 from multimodal_dlm.errors import BackendError, ConfigError
 from multimodal_dlm.models.attention import OWN_BACKENDS, UnifiedAttention, check_backend
 from multimodal_dlm.models.attention_plan import AttentionPlan
-from multimodal_dlm.models.kv_cache import PrefixCache, PrefixCacheConfig, build_cache
+from multimodal_dlm.models.kv_cache import ExactCache, ExactCacheConfig, build_cache
 from multimodal_dlm.models.layers import RMSNorm, SwiGLU, add_gated
 from multimodal_dlm.models.noise_conditioning import Modulation, NoiseConditioning
 from multimodal_dlm.models.positions import Rotary, check_axes, rotary_tables
@@ -75,7 +75,7 @@ class UnifiedTransformerBlock(nn.Module):
         rotary: Rotary,
         plan: AttentionPlan,
         modulation: Modulation | None = None,
-        kv_cache: PrefixCache | None = None,
+        kv_cache: ExactCache | None = None,
     ) -> Tensor:
         """(batch, length, width) in and out."""
         if modulation is None or self.scale_shift_table is None:
@@ -204,7 +204,7 @@ class UnifiedTransformerModel(
         self.norm = RMSNorm(hidden_size, norm_eps)
         self.head = Head(vocab_size, hidden_size, tied=tie_word_embeddings)
         self.gradient_checkpointing = False
-        self._prefix_cache: PrefixCacheConfig | None = None
+        self._exact_cache: ExactCacheConfig | None = None
         self._init_weights(num_layers)
 
     def _init_weights(self, num_layers: int) -> None:
@@ -242,7 +242,7 @@ class UnifiedTransformerModel(
         modality_ids: Int[Tensor, "batch length"] | None = None,
         position_ids: Int[Tensor, "batch length axes"],
         attention_plan: AttentionPlan,
-        kv_cache: PrefixCache | None = None,
+        kv_cache: ExactCache | None = None,
         conditioning_embeds: Float[Tensor, "batch width"] | None = None,
     ) -> UnifiedTransformerOutput:
         """Hidden states of a canvas.
@@ -254,11 +254,12 @@ class UnifiedTransformerModel(
             modality_ids: Which modality a shared mask id stands for; unused by dense layers.
             position_ids: Rotary coordinates.
             attention_plan: Who sees whom.
-            kv_cache: From `new_cache`; later calls compute the open columns only.
+            kv_cache: From `new_cache`; computes the open columns only, see `ExactCache`.
             conditioning_embeds: Added to the noise embedding of every token of a row.
 
         Returns:
-            States of every column, computed now or kept by the cache.
+            States of every column, computed now or kept by the cache; 0 in columns of an order
+            that is not open yet.
         """
         del (
             modality_ids
@@ -266,13 +267,8 @@ class UnifiedTransformerModel(
         if (input_ids is None) == (inputs_embeds is None):
             raise ConfigError("Give exactly one of `input_ids` and `inputs_embeds`.")
         plan = attention_plan
-        if kv_cache is not None and kv_cache.is_filled:
-            if noise_levels.shape[1] != kv_cache.length:
-                raise ConfigError(
-                    f"`kv_cache` was made for {kv_cache.length} columns; got"
-                    f" {noise_levels.shape[1]}. Make a new one with `new_cache`."
-                )
-            columns, plan = kv_cache.open, kv_cache.plan
+        if kv_cache is not None:
+            columns, plan = kv_cache.begin(noise_levels, input_ids), kv_cache.plan
             input_ids = None if input_ids is None else input_ids[:, columns]
             inputs_embeds = None if inputs_embeds is None else inputs_embeds[:, columns]
             noise_levels, position_ids = noise_levels[:, columns], position_ids[:, columns]
@@ -295,7 +291,7 @@ class UnifiedTransformerModel(
         noise_levels: Tensor,
         position_ids: Tensor,
         plan: AttentionPlan,
-        kv_cache: PrefixCache | None,
+        kv_cache: ExactCache | None,
         conditioning_embeds: Tensor | None,
     ) -> Tensor:
         """Embeddings -> normalised final states of the same columns."""
@@ -373,8 +369,8 @@ class UnifiedTransformerModel(
             raise ConfigError(
                 "A cache is enabled already; got a second one. Call `disable_cache()` first."
             )
-        if isinstance(config, PrefixCacheConfig):
-            self._prefix_cache = config
+        if isinstance(config, ExactCacheConfig):
+            self._exact_cache = config
             return
         TransformerBlockRegistry.register(
             UnifiedTransformerBlock, TransformerBlockMetadata(return_hidden_states_index=0)
@@ -383,23 +379,23 @@ class UnifiedTransformerModel(
 
     def disable_cache(self) -> None:
         """No cache."""
-        if self._prefix_cache is None and self._cache_config is not None:
+        if self._exact_cache is None and self._cache_config is not None:
             super().disable_cache()
             self._cache_config = None
-        self._prefix_cache = None
+        self._exact_cache = None
 
     @property
     def is_cache_enabled(self) -> bool:
         """True after `enable_cache`."""
-        return self._prefix_cache is not None or self._cache_config is not None
+        return self._exact_cache is not None or self._cache_config is not None
 
     def new_cache(
         self, plan: AttentionPlan, is_free: Bool[Tensor, "batch length"]
-    ) -> PrefixCache | None:
+    ) -> ExactCache | None:
         """A cache for one canvas and one branch, or None when none of ours was chosen."""
-        if self._prefix_cache is None:
+        if self._exact_cache is None:
             return None
-        return build_cache(self._prefix_cache, plan, is_free)
+        return build_cache(self._exact_cache, plan, is_free)
 
     # Adapters.
 

@@ -83,8 +83,8 @@ class _Forwards:
         }
         return cls(transformer, list(branches), plans, caches, num_forwards)
 
-    def __call__(self, branch: Branch) -> Any:
-        """One call of the backbone on a branch."""
+    def __call__(self, branch: Branch, *, uncached: bool = False) -> Any:
+        """One call of the backbone on a branch; uncached, it has the states of all columns."""
         self.num_forwards += 1
         canvas = branch.canvas
         with self.transformer.cache_context(branch.name):
@@ -94,7 +94,7 @@ class _Forwards:
                 modality_ids=canvas.modality_ids,
                 position_ids=canvas.position_ids,
                 attention_plan=self.plans[branch.name],
-                kv_cache=self.caches[branch.name],
+                kv_cache=None if uncached else self.caches[branch.name],
             )
 
     def write(self, canvas: Canvas, windows: Iterable[int]) -> None:
@@ -343,7 +343,7 @@ class _Loop:
 
     def _conditional_states(self) -> Tensor:
         """Hidden states of the main canvas by one more forward."""
-        return self.forwards(self.forwards.branches[0]).hidden_states
+        return self.forwards(self.forwards.branches[0], uncached=True).hidden_states
 
     def output(self, *, is_complete: bool) -> DenoisingOutput:
         """The result of the run."""

@@ -1,11 +1,11 @@
-"""The prefix cache against the same plan without a cache."""
+"""The exact cache against the same plan without a cache."""
 
 import pytest
 import torch
 
 from multimodal_dlm.errors import ConfigError
 from multimodal_dlm.models.attention_plan import AttentionPlan
-from multimodal_dlm.models.kv_cache import PrefixCache, PrefixCacheConfig
+from multimodal_dlm.models.kv_cache import ExactCache, ExactCacheConfig
 from tests.models.tiny import make_canvas, run, tiny_model, tolerance
 
 ORDERS = {
@@ -41,7 +41,7 @@ def steps(canvas, vocabulary, num=3):
 @pytest.mark.parametrize("mode", ORDERS)
 def test_cached_equals_uncached(mode, options, dtype):
     model = tiny_model(**options).to(dtype)
-    model.enable_cache(PrefixCacheConfig())
+    model.enable_cache(ExactCacheConfig())
     canvas = free_canvas(ORDERS[mode])
     plan = AttentionPlan.from_canvas(canvas)
     cache = model.new_cache(plan, canvas.is_free)
@@ -49,7 +49,7 @@ def test_cached_equals_uncached(mode, options, dtype):
         cached = run(model, current, attention_plan=plan, kv_cache=cache)
         expected = run(model, current, attention_plan=plan)
         assert (cached - expected).abs().max() <= tolerance(dtype, expected)
-    assert cache.closed.tolist() == [i for i, o in enumerate(ORDERS[mode]) if o < max(ORDERS[mode])]
+    assert cache.kept.tolist() == [i for i, o in enumerate(ORDERS[mode]) if o < max(ORDERS[mode])]
 
 
 def test_cached_equals_uncached_with_padding_and_rows_that_differ():
@@ -61,53 +61,151 @@ def test_cached_equals_uncached_with_padding_and_rows_that_differ():
     canvas = canvas.replace(order=order, is_free=canvas.is_free & (order == 1))
     model = tiny_model()
     plan = AttentionPlan.from_canvas(canvas)
-    cache = PrefixCache(plan, canvas.is_free)
-    assert cache.closed.tolist() == [0, 1, 2, 3, 9]
+    cache = ExactCache(plan, canvas.is_free)
     for current in steps(canvas, model.vocabulary):
         cached = run(model, current, attention_plan=plan, kv_cache=cache)[~padding]
         expected = run(model, current, attention_plan=plan)[~padding]
         assert (cached - expected).abs().max() <= tolerance(torch.float32, expected)
+    assert sorted(cache.kept.tolist()) == [0, 1, 2, 3, 9]
 
 
-def test_a_column_is_closed_only_if_it_is_in_every_row():
-    order = torch.tensor([[0, 0, 1, 1], [0, 1, 1, 1]])
-    plan = AttentionPlan.build(order=order)
-    assert PrefixCache(plan, order == 1).closed.tolist() == [0]
-    everything_free = torch.tensor([[False] * 4, [True] * 4])
-    assert PrefixCache(plan, everything_free).closed.tolist() == []
+def test_a_column_is_final_only_if_it_is_so_in_every_row():
+    model, canvas = tiny_model(), make_canvas(torch.tensor([[0, 0, 1, 1], [0, 1, 1, 1]]))
+    masked = model.vocabulary.mask_token_id("image")
+
+    def kept(is_free):
+        ids = canvas.input_ids.masked_fill(is_free, masked)
+        current = canvas.replace(input_ids=ids, is_free=is_free)
+        cache = ExactCache(AttentionPlan.from_canvas(current), is_free)
+        run(model, current, kv_cache=cache)
+        return cache.kept.tolist()
+
+    assert kept(canvas.order == 1) == [0]
+    assert kept(torch.tensor([[False] * 4, [True] * 4])) == []
+
+
+def counted(model):
+    """Columns of each forward, counted at the first block."""
+    seen = []
+    model.blocks[0].register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].shape[1]))
+    return seen
+
+
+BLOCKS = [0] * 3 + [1] * 4 + [2] * 4 + [3] * 2
+
+
+def block_run(vocabulary, *, rows=2, padding=None):
+    """A canvas written block by block, a few positions a step; yields the open order as well."""
+    order = torch.tensor([BLOCKS] * rows)
+    canvas = make_canvas(order, is_padding=padding)
+    is_free = (order > 0) & ~canvas.is_padding
+    masked = vocabulary.mask_token_id("image")
+    canvas = canvas.replace(
+        is_free=is_free, input_ids=canvas.input_ids.masked_fill(is_free, masked)
+    )
+    generator = torch.Generator().manual_seed(1)
+    columns = vocabulary.columns("image")
+    for block in (1, 2, 3):
+        while True:
+            is_open = (canvas.input_ids == masked) & (order == block) & is_free
+            if not bool(is_open.any()):
+                break
+            yield canvas, block
+            is_written = is_open & (torch.rand(order.shape, generator=generator) < 0.5)
+            drawn = torch.randint(columns.start, columns.stop, order.shape, generator=generator)
+            canvas = canvas.replace(input_ids=torch.where(is_written, drawn, canvas.input_ids))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("options", [{}, {"logits_shift": True}, {"num_key_value_heads": 1}])
+@pytest.mark.parametrize("ragged", [False, True])
+def test_block_after_block_equals_uncached(options, dtype, ragged):
+    """At every step, the states of the open block are those of a full forward."""
+    padding = torch.zeros(2, len(BLOCKS), dtype=torch.bool)
+    if ragged:
+        padding[0, [2, 9, 10]] = True
+        padding[1, [1, 12]] = True
+    model = tiny_model(**options).to(dtype)
+    cache, num = None, 0
+    for canvas, block in block_run(model.vocabulary, padding=padding):
+        plan = AttentionPlan.from_canvas(canvas)
+        cache = cache or ExactCache(plan, canvas.is_free)
+        cached = run(model, canvas, attention_plan=plan, kv_cache=cache)
+        expected = run(model, canvas, attention_plan=plan)
+        is_seen = (canvas.order <= block) & ~canvas.is_padding
+        difference = (cached - expected)[is_seen].abs().max()
+        assert difference <= tolerance(dtype, expected)
+        num += 1
+    assert num > 6
+
+
+def test_a_forward_computes_the_open_block_and_what_has_just_closed():
+    model = tiny_model()
+    seen, cache, blocks = counted(model), None, []
+    for canvas, block in block_run(model.vocabulary):
+        cache = cache or ExactCache(AttentionPlan.from_canvas(canvas), canvas.is_free)
+        run(model, canvas, kv_cache=cache)
+        blocks.append(block)
+    size = {1: 4, 2: 4, 3: 2}
+    expected = [
+        size[block] + ({1: 3, 2: 4, 3: 4}[block] if block not in blocks[:step] else 0)
+        for step, block in enumerate(blocks)
+    ]
+    assert seen == expected
+    assert min(blocks.count(block) for block in (1, 2, 3)) >= 2
+
+
+def test_a_canvas_changed_behind_its_back_starts_it_anew():
+    model = tiny_model()
+    canvases = [canvas for canvas, _ in block_run(model.vocabulary)]
+    last = canvases[-1]
+    plan = AttentionPlan.from_canvas(last)
+    cache = ExactCache(plan, last.is_free)
+    for canvas in canvases:
+        run(model, canvas, attention_plan=plan, kv_cache=cache)
+    assert len(cache.kept) == 11
+    other = last.input_ids.clone()
+    other[0, 5] = model.vocabulary.columns("image").start + (other[0, 5] == 24).long()
+    assert not torch.equal(other, last.input_ids)
+    masked = last.input_ids.clone()
+    masked[1, 4] = model.vocabulary.mask_token_id("image")  # A token is taken back.
+    for ids in (other, masked):
+        changed = last.replace(input_ids=ids)
+        cached = run(model, changed, attention_plan=plan, kv_cache=cache)
+        expected = run(model, changed, attention_plan=plan)
+        is_seen = changed.order <= int(changed.order[:, cache.open].max())
+        assert torch.allclose(cached[is_seen], expected[is_seen], atol=1e-5)
 
 
 def test_only_open_columns_are_computed():
     model, canvas = tiny_model(), free_canvas(ORDERS["prefix"])
-    seen = []
-    model.blocks[0].register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].shape[1]))
+    seen = counted(model)
     plan = AttentionPlan.from_canvas(canvas)
-    cache = PrefixCache(plan, canvas.is_free)
+    cache = ExactCache(plan, canvas.is_free)
     for _ in range(2):
         run(model, canvas, attention_plan=plan, kv_cache=cache)
-    cache.invalidate(start=5)
-    run(model, canvas, attention_plan=plan, kv_cache=cache)
-    cache.invalidate()
-    run(model, canvas, attention_plan=plan, kv_cache=cache)
-    assert seen == [10, 6, 6, 10]
+    changed = canvas.input_ids.clone()
+    changed[0, 0] = model.vocabulary.columns("text").start + (changed[0, 0] == 0).long()
+    run(model, canvas.replace(input_ids=changed), attention_plan=plan, kv_cache=cache)
+    assert seen == [10, 6, 10]
 
 
 def test_nothing_free_computes_nothing_twice():
     model, canvas = tiny_model(), make_canvas(torch.zeros(2, 6, dtype=torch.long))
     plan = AttentionPlan.from_canvas(canvas)
-    cache = PrefixCache(plan, torch.zeros_like(canvas.is_free))
+    cache = ExactCache(plan, torch.zeros_like(canvas.is_free))
     first = run(model, canvas, kv_cache=cache, attention_plan=plan)
     assert torch.equal(run(model, canvas, kv_cache=cache, attention_plan=plan), first)
 
 
 def test_a_cache_of_another_length_is_refused():
     model, canvas = tiny_model(), free_canvas(ORDERS["prefix"])
-    cache = PrefixCache(AttentionPlan.from_canvas(canvas), canvas.is_free)
+    cache = ExactCache(AttentionPlan.from_canvas(canvas), canvas.is_free)
     run(model, canvas, kv_cache=cache)
     with pytest.raises(ConfigError, match="10 columns; got 6"):
         run(model, free_canvas([0] * 2 + [1] * 4), kv_cache=cache)
     with pytest.raises(ConfigError, match="shape"):
-        PrefixCache(AttentionPlan.from_canvas(canvas), canvas.is_free[:, :4])
+        ExactCache(AttentionPlan.from_canvas(canvas), canvas.is_free[:, :4])
 
 
 def test_enabling_records_the_choice():
@@ -115,11 +213,11 @@ def test_enabling_records_the_choice():
     plan = AttentionPlan.from_canvas(canvas)
     assert not model.is_cache_enabled
     assert model.new_cache(plan, canvas.is_free) is None
-    model.enable_cache(PrefixCacheConfig())
+    model.enable_cache(ExactCacheConfig())
     assert model.is_cache_enabled
-    assert isinstance(model.new_cache(plan, canvas.is_free), PrefixCache)
+    assert isinstance(model.new_cache(plan, canvas.is_free), ExactCache)
     with pytest.raises(ConfigError, match="disable_cache"):
-        model.enable_cache(PrefixCacheConfig())
+        model.enable_cache(ExactCacheConfig())
     model.disable_cache()
     model.disable_cache()
     assert not model.is_cache_enabled

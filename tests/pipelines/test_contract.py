@@ -247,12 +247,12 @@ def test_from_pipe_takes_exchanged_components(make):
 
 @pytest.mark.parametrize("condition_attention", ["prefix"])
 @every_case
-def test_prefix_cache_changes_no_id(case, condition_attention):
+def test_the_exact_cache_changes_no_id(case, condition_attention):
     cache = pytest.importorskip("multimodal_dlm.models.kv_cache")
     pipe = case.pipeline(**tiny_components(condition_attention=condition_attention))
     pipe.set_progress_bar_config(disable=True)
     expected = run(pipe, case, 0, 1, 2, generator=seeded(0, 1, 2))
-    pipe.transformer.enable_cache(cache.PrefixCacheConfig())
+    pipe.transformer.enable_cache(cache.ExactCacheConfig())
     assert same(expected, run(pipe, case, 0, 1, 2, generator=seeded(0, 1, 2)))
 
 

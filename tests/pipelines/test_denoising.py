@@ -1,11 +1,14 @@
 """The one loop: groups, stages, branches, generators, callbacks, length rules."""
 
+import contextlib
+
 import pytest
 import torch
 
 from multimodal_dlm.canvas import noise_levels
 from multimodal_dlm.errors import CanvasError, ConfigError
 from multimodal_dlm.models.attention_plan import AttentionPlan
+from multimodal_dlm.models.kv_cache import ExactCacheConfig
 from multimodal_dlm.pipelines import UnifiedTextToImagePipeline, denoise
 from multimodal_dlm.pipelines.guidance import (
     Branch,
@@ -21,6 +24,16 @@ from multimodal_dlm.schedulers import ConfidenceScheduler
 @pytest.fixture
 def pipe(make):
     return make(UnifiedTextToImagePipeline)
+
+
+@contextlib.contextmanager
+def exact_cache(pipe):
+    """The exact cache enabled, and off again: the components are shared by the tests."""
+    pipe.transformer.enable_cache(ExactCacheConfig())
+    try:
+        yield
+    finally:
+        pipe.transformer.disable_cache()
 
 
 def run(pipe, canvas, steps=6, seeds=None, **options):
@@ -106,6 +119,71 @@ def test_blocks_open_when_lower_orders_are_closed(pipe):
             assert masks(pipe, now, slice(first + 6, first + 8)) == 2 * 2
     assert output.num_forwards == 6
     assert masks(pipe, output.canvas, part) == 0
+
+
+def blocks_of_pictures(pipe, size=4):
+    """Prompts of different lengths; the picture in blocks of `size` tokens."""
+    canvas = pipe.processor.text_to_image(["a red apple", "a"])
+    part = canvas.window_slice(pipe.processor.image_windows[0])
+    order = canvas.order.clone()
+    order[:, part] += torch.arange(part.stop - part.start) // size
+    return canvas.replace(order=order)
+
+
+@pytest.mark.parametrize("rule", [None, "threshold"])
+@pytest.mark.parametrize("guidance", [1.0, 3.0])
+def test_blocks_are_written_the_same_with_and_without_the_cache(pipe, guidance, rule):
+    """The same ids, guided or not; each block is computed while it is open, and once more."""
+    canvas = blocks_of_pictures(pipe)
+    # The tiny model is so sure that float32 ties: noise orders the positions.
+    image = {"temperature": 1.0, "choice_temperature": 4.0, "commit_rule": rule}
+    scheduler = ConfidenceScheduler(modalities={"image": image})
+
+    def unconditional(canvas):
+        # The processor sets its own orders; the branch keeps the blocks of the picture.
+        other = pipe.processor.unconditional(canvas)
+        part = canvas.window_slice(pipe.processor.image_windows[0])
+        there = other.window_slice(pipe.processor.image_windows[0])
+        order = other.order.clone()
+        order[:, there] = canvas.order[:, part]
+        return other.replace(order=order)
+
+    def branches(canvas):
+        conditional = Branch("conditional", canvas, guidance)
+        if guidance == 1.0:
+            return [conditional]
+        return [conditional, Branch("unconditional", unconditional(canvas), 1.0 - guidance)]
+
+    expected = run(pipe, canvas, steps=16, scheduler=scheduler, branches=branches)
+    computed = []
+    hook = pipe.transformer.blocks[0].register_forward_pre_hook(
+        lambda _, inputs: computed.append(inputs[0].shape[1])
+    )
+    with exact_cache(pipe):
+        found = run(pipe, canvas, steps=16, scheduler=scheduler, branches=branches)
+    hook.remove()
+    assert torch.equal(found.canvas.input_ids, expected.canvas.input_ids)
+    assert found.num_forwards == expected.num_forwards == len(computed)
+    if rule is None:
+        # Condition and structure with the first block; each block commits with the next one's.
+        once = [10, 6, 6, 6, 10, 4, 4, 4, 8, 4, 4, 4, 8, 4, 4, 4]
+        num_branches = 1 if guidance == 1.0 else 2
+        assert computed == [count for count in once for _ in range(num_branches)]
+    assert sum(computed) < 0.5 * canvas.length * len(computed)
+
+
+def test_stopping_in_a_block_predicts_the_rest_as_without_the_cache(pipe):
+    canvas = blocks_of_pictures(pipe)
+    noisy = ConfidenceScheduler(modalities={"image": {"choice_temperature": 4.0}})
+
+    def stop(step, timestep, now):
+        return None if step == 5 else now
+
+    expected = run(pipe, canvas, steps=16, scheduler=noisy, callback=stop)
+    with exact_cache(pipe):
+        found = run(pipe, canvas, steps=16, scheduler=noisy, callback=stop)
+    assert not found.is_complete
+    assert torch.equal(found.canvas.input_ids, expected.canvas.input_ids)
 
 
 def test_rows_with_different_orders_in_a_free_window_are_refused(pipe):
