@@ -1,6 +1,6 @@
 """Seconds a picture of the text-to-image pipeline at its default steps, alone and in a batch.
 
-Settings (dtype x prefix cache x batch) are interleaved in one process; each report is the median.
+Settings (dtype x exact cache x batch) are interleaved in one process; each report is the median.
 Without `--pipeline` the backbone has the released size and random weights, which take as long.
 
     OMP_NUM_THREADS=2 python benchmarks/text_to_image.py --json out/text_to_image.json
@@ -70,7 +70,7 @@ def measure(pipeline: Any, batches: list[int], repeats: int) -> list[dict[str, A
     return [
         {
             "dtype": dtype,
-            "prefix_cache": has_cache,
+            "exact_cache": has_cache,
             "batch": batch,
             "seconds_per_picture": round(statistics.median(values), 4),
             "all": [round(value, 4) for value in values],
