@@ -16,6 +16,7 @@ from multimodal_dlm.pipelines.outputs import UnifiedTextOutput
 from multimodal_dlm.pipelines.pipeline_base import Callback, UnifiedPipeline
 from multimodal_dlm.pipelines.pixels import check_output_type
 from multimodal_dlm.pipelines.randomness import Generators, draw_row_seeds
+from multimodal_dlm.pipelines.streaming import Streamer
 from multimodal_dlm.processing import Codes
 
 CAPTION_LENGTH = 24
@@ -45,6 +46,7 @@ class UnifiedImageToTextPipeline(UnifiedPipeline):
         guidance_stop: float = 1.0,
         num_texts_per_image: int = 1,
         generator: Generators = None,
+        streamer: Streamer | None = None,
         output_type: str = "text",
         return_dict: bool = True,
         callback_on_step_end: Callback | None = None,
@@ -64,6 +66,7 @@ class UnifiedImageToTextPipeline(UnifiedPipeline):
             guidance_stop: Share of the steps after which guidance ends.
             num_texts_per_image: Texts of each picture, side by side in the result.
             generator: One generator, or one per text.
+            streamer: Receives a single text while it is written, see `streaming`.
             output_type: `text`, or `seq` for codes alone.
             return_dict: False returns `(sequences, texts)`.
             callback_on_step_end: Called as (pipe, step, timestep, tensors) -> tensors after each
@@ -97,6 +100,7 @@ class UnifiedImageToTextPipeline(UnifiedPipeline):
             branches=classifier_free(self.processor.unconditional, guidance_scale),
             guidance_start=guidance_start,
             guidance_stop=guidance_stop,
+            streamer=streamer,
             callback_on_step_end=callback_on_step_end,
             callback_on_step_end_tensor_inputs=callback_on_step_end_tensor_inputs,
         )

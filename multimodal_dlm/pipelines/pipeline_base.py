@@ -25,6 +25,7 @@ from multimodal_dlm.pipelines.manifest import weights_fingerprint
 from multimodal_dlm.pipelines.outputs import UnifiedTextOutput
 from multimodal_dlm.pipelines.pixels import from_pixels, to_pixels
 from multimodal_dlm.pipelines.scoring import ScoringMixin
+from multimodal_dlm.pipelines.streaming import Streamer, TextStream
 from multimodal_dlm.processing import Codes, UnifiedProcessor
 from multimodal_dlm.schedulers import DiscreteScheduler
 from multimodal_dlm.tokenizers.image import ImageTokenizer
@@ -129,18 +130,23 @@ class UnifiedPipeline(ScoringMixin, SharingMixin, DiffusionPipeline):
         guidance_scale: float = 1.0,
         branches: BranchBuilder = conditional_only,
         scheduler: DiscreteScheduler | None = None,
+        streamer: Streamer | None = None,
         **options: Any,
     ) -> DenoisingOutput:
         """Run the denoising loop on a canvas and report forwards and state to callbacks."""
         self._guidance_scale = guidance_scale
         self._num_timesteps = num_inference_steps
         self._interrupt = False
-        callback = self._step_callback(callback_on_step_end, callback_on_step_end_tensor_inputs)
+        stream = None if streamer is None else TextStream(self.processor, streamer, canvas)
+        callback = self._step_callback(
+            callback_on_step_end, callback_on_step_end_tensor_inputs, stream
+        )
         device = self._execution_device
 
         def on_device(given: Canvas) -> list[Branch]:
             return [replace(made, canvas=made.canvas.to(device)) for made in branches(given)]
 
+        output: DenoisingOutput | None = None
         try:
             output = denoise(
                 self.transformer,
@@ -156,6 +162,8 @@ class UnifiedPipeline(ScoringMixin, SharingMixin, DiffusionPipeline):
         finally:
             self._current_timestep = None
             self.maybe_free_model_hooks()
+            if stream is not None:  # A reader in another thread waits for the end, come what may.
+                stream.end(output.canvas if output is not None else None)
         self.num_forwards = output.num_forwards
         return output
 
@@ -164,7 +172,10 @@ class UnifiedPipeline(ScoringMixin, SharingMixin, DiffusionPipeline):
         return self.progress_bar(total=total)  # pyright: ignore[reportAttributeAccessIssue]
 
     def _step_callback(
-        self, callback: Callback | None, tensor_inputs: Sequence[str]
+        self,
+        callback: Callback | None,
+        tensor_inputs: Sequence[str],
+        stream: TextStream | None = None,
     ) -> Callable[[int, float, Canvas], Canvas | None]:
         """Wrap a Diffusers callback (pipe, step, timestep, tensors) -> tensors for the loop."""
         if isinstance(callback, (PipelineCallback, MultiPipelineCallbacks)):
@@ -183,6 +194,8 @@ class UnifiedPipeline(ScoringMixin, SharingMixin, DiffusionPipeline):
                 changed = {name: returned[name] for name in tensor_inputs if name in returned}
                 if any(changed[name] is not tensors[name] for name in changed):
                     canvas = canvas.replace(**changed)
+            if stream is not None:
+                stream.update(canvas)
             return None if self._interrupt else canvas
 
         return on_step_end

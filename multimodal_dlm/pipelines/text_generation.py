@@ -13,6 +13,7 @@ from multimodal_dlm.pipelines.outputs import UnifiedTextOutput
 from multimodal_dlm.pipelines.pipeline_base import Callback, UnifiedPipeline
 from multimodal_dlm.pipelines.pixels import check_output_type, to_pixels
 from multimodal_dlm.pipelines.randomness import Generators, draw_row_seeds
+from multimodal_dlm.pipelines.streaming import Streamer
 from multimodal_dlm.processing import MASK_MARKER
 
 TEXT_LENGTH = 24
@@ -41,6 +42,7 @@ class UnifiedTextGenerationPipeline(UnifiedPipeline):
         guidance_stop: float = 1.0,
         num_texts_per_prompt: int = 1,
         generator: Generators = None,
+        streamer: Streamer | None = None,
         output_type: str = "text",
         return_dict: bool = True,
         callback_on_step_end: Callback | None = None,
@@ -62,6 +64,7 @@ class UnifiedTextGenerationPipeline(UnifiedPipeline):
             guidance_stop: Share of the steps after which guidance ends.
             num_texts_per_prompt: Texts of each prompt or template, side by side in the result.
             generator: One generator, or one per text.
+            streamer: Receives a single text while it is written, see `streaming`.
             output_type: `text`, or `seq` for codes alone.
             return_dict: False returns `(sequences, texts)`.
             callback_on_step_end: Called as (pipe, step, timestep, tensors) -> tensors after each
@@ -87,6 +90,7 @@ class UnifiedTextGenerationPipeline(UnifiedPipeline):
             branches=classifier_free(self.processor.unconditional, guidance_scale),
             guidance_start=guidance_start,
             guidance_stop=guidance_stop,
+            streamer=streamer,
             callback_on_step_end=callback_on_step_end,
             callback_on_step_end_tensor_inputs=callback_on_step_end_tensor_inputs,
         )
