@@ -146,7 +146,7 @@ class UnifiedPipeline(ScoringMixin, SharingMixin, DiffusionPipeline):
         def on_device(given: Canvas) -> list[Branch]:
             return [replace(made, canvas=made.canvas.to(device)) for made in branches(given)]
 
-        output: DenoisingOutput | None = None
+        finished: Canvas | None = None
         try:
             output = denoise(
                 self.transformer,
@@ -159,11 +159,12 @@ class UnifiedPipeline(ScoringMixin, SharingMixin, DiffusionPipeline):
                 progress_bar=self._progress_bar,
                 **options,
             )
+            finished = output.canvas
         finally:
             self._current_timestep = None
             self.maybe_free_model_hooks()
             if stream is not None:  # A reader in another thread waits for the end, come what may.
-                stream.end(output.canvas if output is not None else None)
+                stream.end(finished)
         self.num_forwards = output.num_forwards
         return output
 
