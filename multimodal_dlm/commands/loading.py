@@ -16,7 +16,7 @@ RELEASED_PIPELINE = "pipelines/emoji-small"
 
 
 def load(class_name: str, path: str, device: str = "auto") -> Any:
-    """Load a pipeline as one class and move it to a device.
+    """Load a pipeline as one class, with the exact cache, and move it to a device.
 
     Args:
         class_name: Class of `multimodal_dlm.pipelines` to load the folder as.
@@ -30,6 +30,8 @@ def load(class_name: str, path: str, device: str = "auto") -> Any:
     require_folder(path)
     say("importing torch, diffusers and transformers (some seconds)")
     start = time.perf_counter()
+    from multimodal_dlm.models.kv_cache import ExactCacheConfig
+
     pipelines = importlib.import_module("multimodal_dlm.pipelines")
     pipeline = getattr(pipelines, class_name).from_pretrained(path)
     try:
@@ -38,6 +40,7 @@ def load(class_name: str, path: str, device: str = "auto") -> Any:
         raise ConfigError(
             f"`device` must be one that torch can use here; got `{device}` ({error}). Use `cpu`."
         ) from error
+    pipeline.transformer.enable_cache(ExactCacheConfig())
     pipeline.set_progress_bar_config(disable=True)
     say(f"loaded {path} in {time.perf_counter() - start:.1f} s")
     return pipeline
