@@ -31,7 +31,7 @@ DATASET_ENTRIES = (
     "splits",
 )
 _MIXTURE_ENTRIES = ("name", "mixture")
-_MEMBER_ENTRIES = ("manifest", "weight", "tasks", "caption_weights")
+_MEMBER_ENTRIES = ("manifest", "weight", "tasks", "caption_weights", "balance_answers")
 _SHARD_ENTRIES = ("name", "count", "num_bytes", "sha256")
 
 
@@ -76,6 +76,11 @@ class Source:
     def license(self) -> str:
         """SPDX expression that covers its samples."""
         return str(self.details["license"])
+
+    @property
+    def balance_answers(self) -> bool:
+        """Whether questions are drawn by `AnswerBalance` instead of evenly."""
+        return bool(self.details.get("balance_answers", False))
 
     def count(self, split: str) -> int:
         """Number of samples of a split, 0 when there is none of that name."""
@@ -193,6 +198,10 @@ def _open_dataset(path: Path, root: Path | None, changes: Mapping[str, Any]) -> 
     content = _read_yaml(path)
     _check_entries(content, DATASET_ENTRIES, str(path))
     content.update(changes)
+    if not isinstance(content.get("balance_answers", False), bool):
+        raise DataError(
+            f"{path}: `balance_answers` must be true or false; got {content['balance_answers']!r}."
+        )
     if Path(content["folder"]).is_absolute() or ".." in Path(content["folder"]).parts:
         raise DataError(
             f"{path}: `folder` must lie inside the data root; got `{content['folder']}`. Give"

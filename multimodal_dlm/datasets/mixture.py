@@ -13,6 +13,7 @@ from typing import Any
 
 from torch.utils.data import IterableDataset, get_worker_info
 
+from multimodal_dlm.datasets.balance import AnswerBalance
 from multimodal_dlm.datasets.manifest import Manifest
 from multimodal_dlm.datasets.ordering import QuotaOrder, SourceOrder
 from multimodal_dlm.datasets.reading import ShardReader, missing_split
@@ -113,6 +114,11 @@ class MixtureReader(IterableDataset[list[TrainingExample]]):
             name: ShardReader(source.splits[split], source=name)
             for name, source in self.sources.items()
         }
+        self._balances = {
+            name: AnswerBalance(reader.record(index) for index in range(len(reader)))
+            for name, reader in self.readers.items()
+            if self.sources[name].balance_answers
+        }
         weights = {name: source.weight for name, source in self.sources.items()}
         self._mixture = QuotaOrder(weights, seed=seed, stream="sources")
         self._tasks = {
@@ -165,7 +171,9 @@ class MixtureReader(IterableDataset[list[TrainingExample]]):
         index = self._samples[name][draw]
         record = self.readers[name].record(index)
         choice, *windows, mask_draw = KeyedDraws(self.seed, "example", epoch, slot).uniforms(4)
-        instruction, text = task_texts(record, task, float(choice), source.caption_weights)
+        instruction, text = task_texts(
+            record, task, float(choice), source.caption_weights, self._balances.get(name)
+        )
         return TrainingExample(
             source=name,
             split=self.split,
@@ -213,7 +221,11 @@ class MixtureReader(IterableDataset[list[TrainingExample]]):
 
 
 def task_texts(
-    record: Record, task: str, u: float, caption_weights: Mapping[str, Any]
+    record: Record,
+    task: str,
+    u: float,
+    caption_weights: Mapping[str, Any],
+    balance: AnswerBalance | None = None,
 ) -> tuple[str | None, str]:
     """Instruction and text of a record for a task.
 
@@ -222,6 +234,7 @@ def task_texts(
         task: A question for `vqa` and `text`, a caption otherwise.
         u: Uniform number in [0, 1) that picks among them.
         caption_weights: Weights of the captions by task; evenly where a task has none.
+        balance: Weights of the questions; None asks them evenly.
 
     Raises:
         DataError: When the record has no questions, or fewer captions than weights.
@@ -232,7 +245,8 @@ def task_texts(
                 f"Sample {record.key} of `{record.source}` must have questions for task `{task}`;"
                 " it has none. Take the task out of the source's shares."
             )
-        asked = record.qa[min(int(u * len(record.qa)), len(record.qa) - 1)]
+        asking = [1.0] * len(record.qa) if balance is None else balance.weights(record.qa)
+        asked = record.qa[pick(u, asking)]
         return asked.question, asked.answer
     weights = caption_weights.get(task) or [1] * len(record.captions)
     if len(weights) != len(record.captions):

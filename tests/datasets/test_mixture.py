@@ -7,11 +7,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import yaml
 from torch.utils.data import DataLoader
 
-from multimodal_dlm.datasets import Manifest, MixtureReader, TrainingExample
+from multimodal_dlm.datasets import Manifest, MixtureReader, TrainingExample, open_manifest
+from multimodal_dlm.datasets.balance import AnswerBalance
 from multimodal_dlm.datasets.ordering import QuotaOrder, SourceOrder
 from multimodal_dlm.datasets.sampling import KeyedDraws, hash_fraction, pick
+from multimodal_dlm.datasets.schema import QuestionAnswer, Record
 from multimodal_dlm.errors import ConfigError, DataError
 from tests.datasets.toy import SIZES, toy_mixture
 
@@ -184,3 +187,45 @@ def test_a_source_of_another_weight_changes_the_fingerprint(tmp_path: Path) -> N
     one = toy_mixture(tmp_path / "a").fingerprint
     assert one == toy_mixture(tmp_path / "b").fingerprint
     assert one != toy_mixture(tmp_path / "c", weights=(1, 1)).fingerprint
+
+
+def test_every_answer_to_a_question_is_asked_about_as_often() -> None:
+    """Nine of ten pictures say no; drawn with the weights, half of the questions do."""
+    answers = ["no"] * 9 + ["yes"]
+    records = [
+        Record(
+            key=str(number), source="toy", split="train", license="MIT", captions=("a",),
+            qa=(QuestionAnswer("is it red?", answer, "is"), QuestionAnswer("what?", "x", "what")),
+        )
+        for number, answer in enumerate(answers)
+    ]  # fmt: skip
+    balance = AnswerBalance(records)
+    total: Counter[str] = Counter()
+    for record in records:
+        weights = balance.weights(record.qa)
+        assert weights[1] == 1.0
+        total[record.qa[0].answer] += weights[0]
+    assert total["yes"] == pytest.approx(total["no"])
+
+
+def test_a_member_of_a_mixture_may_ask_for_balanced_answers(tmp_path: Path) -> None:
+    toy_mixture(tmp_path)
+    members = [{"manifest": "shapes.yaml", "balance_answers": True, "tasks": {"vqa": 1}}]
+    path = tmp_path / "balanced.yaml"
+    path.write_text(yaml.safe_dump({"name": "balanced", "mixture": members}))
+    manifest = open_manifest(path)
+    asked = [
+        example.instruction
+        for batch in batches(MixtureReader(manifest, batch_size=BATCH), 400)
+        for example in batch
+    ]
+    # `which?` has another answer in each of 25 pictures, `is it?` has one: weights 25 and 1.
+    assert abs(asked.count("which?") / len(asked) - 25 / 26) < 0.015
+    del members[0]["balance_answers"]
+    path.write_text(yaml.safe_dump({"name": "balanced", "mixture": members}))
+    evenly = open_manifest(path)
+    assert evenly.fingerprint != manifest.fingerprint
+    members[0]["balance_answers"] = "sometimes"
+    path.write_text(yaml.safe_dump({"name": "balanced", "mixture": members}))
+    with pytest.raises(DataError, match="`balance_answers` must be true or false; got 'sometimes'"):
+        open_manifest(path)
