@@ -31,14 +31,7 @@ $(STAMP): pyproject.toml | $(BIN)/python
 	@touch $@ $(BASE_STAMP)
 
 demo: $(BASE_STAMP) ## draw, inpaint, caption and answer with the released model
-	@if [ -f pipelines/emoji-small/model_index.json ]; then \
-	  $(BIN)/python -m multimodal_dlm demo; \
-	else \
-	  echo "== no released pipeline in this snapshot: training the smoke model first (a minute);"; \
-	  echo "   it has seen 960 rows, so expect coloured noise"; \
-	  $(BIN)/python -m multimodal_dlm train --config configs/smoke.yaml && \
-	  $(BIN)/python -m multimodal_dlm demo --pipeline runs/smoke/pipeline; \
-	fi
+	@$(BIN)/python -m multimodal_dlm demo
 
 test: $(STAMP) check pytest ## every check and every test
 
