@@ -10,15 +10,13 @@ always have random weights. Codes are given, so the image tokenizer takes no par
 """
 
 import argparse
-import json
-import platform
 import statistics
 import time
 from pathlib import Path
 from typing import Any
 
-import diffusers
 import torch
+from reporting import finish
 
 from multimodal_dlm.layout import make_layout
 from multimodal_dlm.models.kv_cache import ExactCacheConfig
@@ -141,15 +139,8 @@ def main() -> None:
         "steps": NUM_STEPS,
         "dtype": args.dtype,
         "pipeline": args.pipeline,
-        "threads": torch.get_num_threads(),
-        "machine": platform.processor() or platform.machine(),
-        "versions": {"torch": torch.__version__, "diffusers": diffusers.__version__},
     }
-    text = json.dumps(report, indent=2)
-    if args.json is not None:
-        args.json.parent.mkdir(parents=True, exist_ok=True)
-        args.json.write_text(text + "\n")
-    print(text)
+    finish(report, args.json)
 
 
 if __name__ == "__main__":

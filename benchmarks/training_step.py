@@ -9,17 +9,15 @@ clipping and fused AdamW; bf16 autocast. Micro-batches of 16 rows stay in the ca
 """
 
 import argparse
-import json
-import platform
 import statistics
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import diffusers
 import torch
 import torch.nn.functional as F
+from reporting import finish
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -152,25 +150,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
             "dtype": "bfloat16 autocast",
             "matmul": list(MATMUL),
         },
-        "machine": {
-            "cpu": _cpu_name(),
-            "threads": torch.get_num_threads(),
-            "capability": torch.backends.cpu.get_cpu_capability(),
-            "amx": torch.cpu._is_amx_tile_supported(),
-        },
-        "versions": {
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-            "diffusers": diffusers.__version__,
-        },
     }
-
-
-def _cpu_name() -> str:
-    path = Path("/proc/cpuinfo")
-    lines = path.read_text().splitlines() if path.exists() else []
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor()
 
 
 def main() -> None:
@@ -184,11 +164,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=10)
     parser.add_argument("--json", type=Path, help="file to write the report to")
     args = parser.parse_args()
-    text = json.dumps(measure(args), indent=2)
-    if args.json is not None:
-        args.json.parent.mkdir(parents=True, exist_ok=True)
-        args.json.write_text(text + "\n")
-    print(text)
+    finish(measure(args), args.json)
 
 
 if __name__ == "__main__":

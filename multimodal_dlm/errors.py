@@ -6,11 +6,16 @@ MultimodalDLMError
 ├── CanvasError (ValueError)       a canvas breaks one of its invariants
 ├── BackendError (ValueError)      an attention backend cannot do what is asked
 ├── DataError (ValueError)         a shard, a sample or a manifest is unusable
+├── DivergenceError                a training's loss or gradient is no finite number any more
 └── CheckpointError                a saved file is missing, changed or from elsewhere
 """
 
+import dataclasses
 import difflib
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, TypeVar, cast
+
+Made = TypeVar("Made")
 
 
 class MultimodalDLMError(Exception):
@@ -56,3 +61,26 @@ def unknown_name(kind: str, name: str, options: Iterable[str]) -> ConfigError:
     known = sorted(options)
     listed = ", ".join(f"`{option}`" for option in known) or "none"
     return ConfigError(f"Unknown {kind} `{name}`.{nearest_match(name, known)} Available: {listed}.")
+
+
+def make_named(
+    kind: str, table: Mapping[str, Callable[..., Made]], name: str, options: Mapping[str, Any]
+) -> Made:
+    """Make an entry of a table of dataclasses by its name.
+
+    Args:
+        kind: What the table holds, for messages.
+        table: Name -> dataclass.
+        name: The entry.
+        options: Its fields.
+
+    Raises:
+        ConfigError: When the name or an option is unknown, or the entry refuses a value.
+    """
+    if name not in table:
+        raise unknown_name(kind, name, table)
+    known = [field.name for field in dataclasses.fields(cast(Any, table[name]))]
+    for option in options:
+        if option not in known:
+            raise unknown_name(f"option of {kind} `{name}`:", option, known)
+    return table[name](**options)

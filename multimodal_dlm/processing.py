@@ -36,6 +36,17 @@ TASKS = (
     "text",
 )
 
+# What `score` takes for a task: True is needed, False refused, absent is either.
+SCORE_INPUTS: dict[str, dict[str, bool]] = {
+    "text_to_image": {"codes": True, "texts": True, "questions": False},
+    "caption": {"codes": True, "texts": True, "questions": False},
+    "vqa": {"codes": True, "texts": True, "questions": True},
+    "joint": {"codes": True, "texts": True, "questions": False},
+    "unconditional_image": {"codes": True, "texts": False, "questions": False},
+    "unconditional_text": {"texts": True, "questions": False},
+    "text": {"codes": False, "texts": True, "questions": True},
+}
+
 Codes = tuple[Tensor, ...]
 
 
@@ -204,13 +215,24 @@ class UnifiedProcessor:
     ) -> Canvas:
         """Clean rows whose free windows are what `task` generates; nothing is masked.
 
-        Text windows are content and `<eos>`, so the likelihood is of the text and its length.
+        Text windows are content and `<eos>`: the likelihood is of the text given its length.
+
+        Raises:
+            ConfigError: When the task is unknown, lacks an input or has one too many.
         """
-        given = [
-            part for part in (codes[0] if codes else None, texts, questions) if part is not None
-        ]
-        if not given:
-            raise ConfigError("`score` needs `codes`, `texts` or `questions`; got none of them.")
+        if task not in SCORE_INPUTS:
+            raise unknown_name("task", task, SCORE_INPUTS)
+        inputs = {"codes": codes[0] if codes else None, "texts": texts, "questions": questions}
+        for name, part in inputs.items():
+            is_given = part is not None
+            if SCORE_INPUTS[task].get(name, is_given) != is_given:
+                raise ConfigError(
+                    f"Task `{task}` {'has no place for' if is_given else 'needs'} `{name}`; got"
+                    f" {'some' if is_given else 'none'}. It takes {_listed_inputs(task)}."
+                )
+            if is_given and name != "codes" and any(entry is None for entry in part or ()):
+                raise ConfigError(f"`{name}` must be one string a row; got None among them.")
+        given = [part for part in inputs.values() if part is not None]
         count = len(given[0])
         rows = [
             TrainingRow(
@@ -470,3 +492,7 @@ class UnifiedProcessor:
 
     def _assemble(self, rows: Sequence[LayoutRow]) -> Canvas:
         return assemble(rows, self._windows, self.vocabulary)
+
+
+def _listed_inputs(task: str) -> str:
+    return ", ".join(f"`{name}`" for name, is_needed in SCORE_INPUTS[task].items() if is_needed)

@@ -1,11 +1,15 @@
 """The command that measures captions, answers, text lengths, likelihood and reconstruction."""
 
 import importlib
-import json
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from multimodal_dlm.commands.loading import RELEASED_PIPELINE, load, require_folder
+from multimodal_dlm.commands.loading import (
+    RELEASED_PIPELINE,
+    load,
+    open_source,
+    require_folder,
+    write_json,
+)
 from multimodal_dlm.commands.reporting import Report, say
 from multimodal_dlm.errors import unknown_name
 
@@ -58,23 +62,17 @@ def run_evaluate(
         output: JSON file for the result; null writes none
         device: auto, cpu, cuda, cuda:1, mps
     """
-    from multimodal_dlm.datasets.manifest import open_manifest
-
     if task not in TASKS:
         raise unknown_name("task", task, TASKS)
-    sources = open_manifest(manifest, data_root).sources
-    if source not in sources:
-        raise unknown_name("source", source, sources)
+    held_out = open_source(manifest, data_root, source)
     require_folder(pipeline)
     loaded = load("UnifiedImageToTextPipeline", pipeline, device)
     say(f"measuring {task} of {source}, split {split}")
     module = importlib.import_module(f"multimodal_dlm.evaluation.{TASKS[task]}")
     measure = getattr(module, f"evaluate_{task}")
-    result = measure(loaded, sources[source], split=split, limit=limit, batch_size=batch_size)
+    result = measure(loaded, held_out, split=split, limit=limit, batch_size=batch_size)
     values = {"task": task, "source": source, "split": split, "pipeline": pipeline, **result}
-    if output is not None:
-        Path(output).parent.mkdir(parents=True, exist_ok=True)
-        Path(output).write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+    write_json(output, values)
     return Report(values, _table(values))
 
 

@@ -1,16 +1,19 @@
 """Loading a pipeline for a command, and reading pictures given by path."""
 
 import importlib
+import json
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from multimodal_dlm.commands.reporting import say
-from multimodal_dlm.errors import CheckpointError, ConfigError, DataError
+from multimodal_dlm.errors import CheckpointError, ConfigError, DataError, unknown_name
 
 if TYPE_CHECKING:
     import torch
     from PIL import Image
+
+    from multimodal_dlm.datasets.manifest import Source
 
 RELEASED_PIPELINE = "pipelines/emoji-small"
 
@@ -64,6 +67,27 @@ def require_folder(path: str) -> None:
             f"`pipeline` must be an existing folder or a Hub repository `owner/name`; there is no"
             f" folder `{path}`. Check the spelling and the working directory."
         )
+
+
+def open_source(manifest: str, data_root: str | None, source: str) -> "Source":
+    """One dataset of a manifest.
+
+    Raises:
+        ConfigError: When the manifest has no such source.
+    """
+    from multimodal_dlm.datasets.manifest import open_manifest
+
+    sources = open_manifest(manifest, data_root).sources
+    if source not in sources:
+        raise unknown_name("source", source, sources)
+    return sources[source]
+
+
+def write_json(path: str | None, values: dict[str, Any]) -> None:
+    """Write a result; None writes nothing."""
+    if path is not None:
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        Path(path).write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
 
 
 def pick_device(device: str) -> str:

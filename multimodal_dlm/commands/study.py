@@ -1,13 +1,16 @@
 """The commands that measure how a model denoises."""
 
-import json
 from dataclasses import asdict
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from multimodal_dlm.commands.loading import RELEASED_PIPELINE, load, require_folder
+from multimodal_dlm.commands.loading import (
+    RELEASED_PIPELINE,
+    load,
+    open_source,
+    require_folder,
+    write_json,
+)
 from multimodal_dlm.commands.reporting import Report, say
-from multimodal_dlm.errors import unknown_name
 
 if TYPE_CHECKING:
     from jsonargparse import ArgumentParser
@@ -51,18 +54,14 @@ def run_step_plan(
         save_scheduler: folder for the pipeline's scheduler with this profile; null writes none
         device: auto, cpu, cuda, cuda:1, mps
     """
-    from multimodal_dlm.datasets.manifest import open_manifest
-
-    sources = open_manifest(manifest, data_root).sources
-    if source not in sources:
-        raise unknown_name("source", source, sources)
+    held_out = open_source(manifest, data_root, source)
     require_folder(pipeline)
     loaded = load("UnifiedTextToImagePipeline", pipeline, device)
     from multimodal_dlm.evaluation.step_profile import measure_step_profile
 
     profile = measure_step_profile(
         loaded,
-        sources[source],
+        held_out,
         split=split,
         task=task,
         num_points=points,
@@ -72,9 +71,7 @@ def run_step_plan(
     )
     values = {"source": source, "split": split, "pipeline": pipeline, "seed": seed}
     values |= asdict(profile)
-    if output is not None:
-        Path(output).parent.mkdir(parents=True, exist_ok=True)
-        Path(output).write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+    write_json(output, values)
     if save_scheduler is not None:
         _with_profile(loaded.scheduler, profile.modality, profile.values).save_pretrained(
             save_scheduler

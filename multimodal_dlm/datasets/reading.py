@@ -4,7 +4,7 @@ import hashlib
 import os
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
-from itertools import accumulate
+from itertools import accumulate, islice
 
 from multimodal_dlm.datasets.indexing import IndexEntry, read_index
 from multimodal_dlm.datasets.manifest import Manifest, ShardFile, Source
@@ -140,6 +140,18 @@ def iterate_samples(manifest: Manifest | Source, split: str) -> Iterator[Sample]
         raise missing_split(split, sources)
     for source in sources:
         yield from ShardReader(source.splits.get(split, ()), source=source.name)
+
+
+def first_samples(source: Source, split: str, limit: int | None = None) -> list[Sample]:
+    """The first samples of a split, all of them without a limit.
+
+    Raises:
+        DataError: When there is none.
+    """
+    samples = list(islice(iterate_samples(source, split), limit))
+    if not samples:
+        raise DataError(f"`{source.name}` has no sample in split `{split}`.")
+    return samples
 
 
 def missing_split(split: str, sources: Sequence[Source]) -> DataError:

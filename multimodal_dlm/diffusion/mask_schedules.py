@@ -8,16 +8,17 @@ Nothing here knows tokens; drawing from a schedule is the forward process.
 
 import dataclasses
 import math
+from abc import ABC, abstractmethod
 from typing import Any, overload
 
 import torch
 from torch import Tensor
 
-from multimodal_dlm.errors import ConfigError, unknown_name
+from multimodal_dlm.errors import ConfigError, make_named
 
 
 @dataclasses.dataclass(frozen=True)
-class MaskSchedule:
+class MaskSchedule(ABC):
     """Base of the mask schedules: a subclass gives the mask rate, its derivative and its inverse.
 
     Example:
@@ -28,17 +29,17 @@ class MaskSchedule:
         0.25
     """
 
+    @abstractmethod
     def mask_rate(self, t: Tensor) -> Tensor:
         """Share m(t) of masked tokens for t in [0, 1]; increasing, m(0) = 0 and m(1) = 1."""
-        raise NotImplementedError
 
+    @abstractmethod
     def mask_rate_derivative(self, t: Tensor) -> Tensor:
         """Slope dm/dt, never negative."""
-        raise NotImplementedError
 
+    @abstractmethod
     def mask_rate_inverse(self, rate: Tensor) -> Tensor:
         """Time t at which m(t) = rate."""
-        raise NotImplementedError
 
     @overload
     def alpha(self, t: float) -> float: ...
@@ -205,14 +206,7 @@ def get_mask_schedule(name: str, **options: Any) -> MaskSchedule:
     Raises:
         ConfigError: When the name is unknown, has no such option, or refuses its value.
     """
-    if name not in MASK_SCHEDULES:
-        raise unknown_name("mask schedule", name, MASK_SCHEDULES)
-    schedule = MASK_SCHEDULES[name]
-    known = [field.name for field in dataclasses.fields(schedule)]
-    for option in options:
-        if option not in known:
-            raise unknown_name(f"option of mask schedule `{name}`:", option, known)
-    return schedule(**options)
+    return make_named("mask schedule", MASK_SCHEDULES, name, options)
 
 
 def _check_positive(name: str, value: Any, remedy: int) -> None:

@@ -3,18 +3,19 @@
 import math
 import time
 from collections.abc import Sequence
-from itertools import islice
 from typing import Any
 
 import numpy as np
 import torch
 
 from multimodal_dlm.datasets.manifest import Source
-from multimodal_dlm.datasets.reading import iterate_samples
+from multimodal_dlm.datasets.reading import first_samples
 from multimodal_dlm.diffusion.likelihood import LikelihoodEstimate, mean_estimate
 from multimodal_dlm.errors import DataError
 from multimodal_dlm.evaluation.understanding import name_of_sample
 from multimodal_dlm.pipelines.pipeline_base import UnifiedPipeline
+from multimodal_dlm.pipelines.pixels import to_pixels
+from multimodal_dlm.processing import Codes
 
 NUM_DRAWS = 16
 
@@ -31,10 +32,10 @@ def evaluate_likelihood(
 ) -> dict[str, Any]:
     """Nats a row of text given picture, picture given text and both; AUC of matched pairs.
 
-    Each picture is paired with its own first caption and with that of another picture of another
-    name. A pair's score is NELBO(text) - NELBO(text | picture), an estimate of what the picture
-    says about the text; the AUC is the probability that a matched pair scores above a mismatched
-    one, 0.5 by chance.
+    Texts are scored given their length. Each picture is paired with its own first caption and with
+    that of another picture of another name. A pair's score is NELBO(text) - NELBO(text | picture),
+    an estimate of what the picture says about the text; the AUC is the probability that a matched
+    pair scores above a mismatched one, 0.5 by chance.
 
     Args:
         pipeline: Any pipeline of this package.
@@ -48,11 +49,11 @@ def evaluate_likelihood(
     Raises:
         DataError: When the split has fewer than two pictures of different names.
     """
-    samples = list(islice(iterate_samples(source, split), limit))
+    samples = first_samples(source, split, limit)
     names = [name_of_sample(sample) for sample in samples]
     others = mismatched(names, seed)
     start = time.perf_counter()
-    images = [sample.image for sample in samples]
+    codes = encode_images(pipeline, [sample.image for sample in samples], batch_size)
     texts = [sample.record.captions[0] for sample in samples]
     options: dict[str, Any] = {"num_draws": num_draws, "batch_size": batch_size}
 
@@ -61,12 +62,12 @@ def evaluate_likelihood(
         rows = [torch.Generator().manual_seed(seed + row) for row in range(len(samples))]
         return pipeline.score(task, generator=rows, **options, **given)
 
-    matched = score("caption", image=images, text=texts)
+    matched = score("caption", codes=codes, text=texts)
     foreign = [texts[other] for other in others]
-    mismatched_pairs = score("caption", image=images, text=foreign)
-    alone = score("unconditional_text", image=images, text=texts)
-    alone_foreign = score("unconditional_text", image=images, text=foreign)
-    pictures = score("text_to_image", image=images, text=texts)
+    mismatched_pairs = score("caption", codes=codes, text=foreign)
+    alone = score("unconditional_text", codes=codes, text=texts)
+    alone_foreign = score("unconditional_text", codes=codes, text=foreign)
+    pictures = score("text_to_image", codes=codes, text=texts)
     joint = [own.chain(picture) for own, picture in zip(alone, pictures, strict=True)]
     gains = _differences(alone, matched), _differences(alone_foreign, mismatched_pairs)
     return {
@@ -82,6 +83,23 @@ def evaluate_likelihood(
         "num_draws": num_draws,
         "seconds": round(time.perf_counter() - start, 1),
     }
+
+
+def encode_images(pipeline: UnifiedPipeline, images: Sequence[Any], batch_size: int) -> Codes:
+    """Codes of pictures, encoded `batch_size` at a time, on the CPU.
+
+    Args:
+        pipeline: Gives the image tokenizer.
+        images: Anything `to_pixels` takes in a list.
+        batch_size: Pictures at once.
+    """
+    tokenizer = pipeline.image_tokenizer
+    parts = []
+    for first in range(0, len(images), batch_size):
+        part = list(images[first : first + batch_size])
+        pixels = to_pixels(part, tokenizer.config["image_size"]).to(pipeline.device)
+        parts.append([level.cpu() for level in tokenizer.encode(pixels)])
+    return tuple(torch.cat(level) for level in zip(*parts, strict=True))
 
 
 def mismatched(names: Sequence[str], seed: int) -> list[int]:

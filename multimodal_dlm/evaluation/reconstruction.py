@@ -2,7 +2,6 @@
 
 import math
 import time
-from itertools import islice
 from typing import Any
 
 import torch
@@ -10,8 +9,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from multimodal_dlm.datasets.manifest import Source
-from multimodal_dlm.datasets.reading import iterate_samples
-from multimodal_dlm.errors import DataError
+from multimodal_dlm.datasets.reading import first_samples
 from multimodal_dlm.pipelines.pipeline_base import UnifiedPipeline
 from multimodal_dlm.pipelines.pixels import to_pixels
 from multimodal_dlm.tokenizers.quantizers import codebook_perplexity, codebook_usage
@@ -65,9 +63,7 @@ def evaluate_reconstruction(
         DataError: When the split has no picture.
     """
     tokenizer = pipeline.image_tokenizer
-    images = [sample.image for sample in islice(iterate_samples(source, split), limit)]
-    if not images:
-        raise DataError(f"`{source.name}` has no picture in split `{split}`.")
+    images = [sample.image for sample in first_samples(source, split, limit)]
     start = time.perf_counter()
     whole, front, codes = [], [], []
     for first in range(0, len(images), batch_size):

@@ -8,17 +8,16 @@ from typing import Any
 import numpy as np
 import torch
 
-from multimodal_dlm.canvas import Canvas, noise_levels
+from multimodal_dlm.canvas import Canvas
 from multimodal_dlm.datasets.manifest import Source
 from multimodal_dlm.datasets.mixture import task_texts
 from multimodal_dlm.datasets.reading import iterate_samples
 from multimodal_dlm.datasets.schema import Sample
-from multimodal_dlm.diffusion.losses import token_nll
 from multimodal_dlm.diffusion.mask_schedules import get_mask_schedule
 from multimodal_dlm.diffusion.masking import exact_count_mask
 from multimodal_dlm.errors import ConfigError, DataError, unknown_name
-from multimodal_dlm.models.attention_plan import AttentionPlan
-from multimodal_dlm.pipelines.pixels import to_pixels
+from multimodal_dlm.evaluation.likelihood import encode_images
+from multimodal_dlm.pipelines.scoring import masked_nll
 from multimodal_dlm.schedulers.step_plan import interpolate_profile, parallel_error, plan_steps
 
 TASKS = ("text_to_image", "caption", "vqa", "unconditional_image", "unconditional_text")
@@ -185,14 +184,12 @@ def _canvas(
     ]
     codes = None
     if task != "unconditional_text":
-        tokenizer = pipeline.image_tokenizer
-        pixels = to_pixels([sample.image for sample in samples], tokenizer.config["image_size"])
-        codes = tokenizer.encode(pixels.to(pipeline.device))
+        codes = encode_images(pipeline, [sample.image for sample in samples], len(samples))
     return pipeline.processor.score(
         task,
         codes=codes,
-        texts=[text for _, text in pairs],
-        questions=[question for question, _ in pairs],
+        texts=None if task == "unconditional_image" else [text for _, text in pairs],
+        questions=[question for question, _ in pairs] if task == "vqa" else None,
     ).to(pipeline.device)
 
 
@@ -204,21 +201,4 @@ def _row_means(
     counts = num_free - (share * (num_free - 1)).round().long()
     is_target = exact_count_mask(canvas.is_free.cpu(), counts.cpu(), generator=generator)
     is_target = is_target.to(canvas.device)
-    vocabulary = transformer.vocabulary
-    index = int(canvas.modality_ids[canvas.is_free][0])
-    modality = list(vocabulary.modalities)[index]
-    mask = vocabulary.mask_token_id(modality)
-    noisy = canvas.replace(input_ids=canvas.input_ids.masked_fill(is_target, mask))
-    output = transformer(
-        noisy.input_ids,
-        noise_levels=noise_levels(noisy, vocabulary),
-        modality_ids=noisy.modality_ids,
-        position_ids=noisy.position_ids,
-        attention_plan=AttentionPlan.from_canvas(noisy),
-    )
-    logits = transformer.compute_logits(output.hidden_states[is_target], modality)
-    columns = vocabulary.to_columns(canvas.input_ids[is_target], modality)
-    nll = token_nll(logits, None, columns, num_columns=logits.shape[-1]).double()
-    totals = torch.zeros(canvas.batch_size, dtype=torch.float64, device=nll.device)
-    rows = is_target.nonzero()[:, 0]
-    return (totals.index_add(0, rows, nll) / counts).cpu()
+    return (masked_nll(transformer, canvas, is_target).sum(dim=1) / counts).cpu()

@@ -9,7 +9,7 @@ from typing import Any
 from PIL import Image
 
 from multimodal_dlm.datasets.manifest import Source
-from multimodal_dlm.datasets.reading import ShardReader, iterate_samples
+from multimodal_dlm.datasets.reading import ShardReader, first_samples, iterate_samples
 from multimodal_dlm.datasets.schema import Record, Sample
 from multimodal_dlm.errors import DataError
 from multimodal_dlm.evaluation.baselines import BlindAnswers, NearestPictures, pixel_features
@@ -97,9 +97,7 @@ def evaluate_captions(
     Raises:
         DataError: When the split is empty.
     """
-    samples = list(islice(iterate_samples(source, split), limit))
-    if not samples:
-        raise DataError(f"`{source.name}` has no sample in split `{split}`.")
+    samples = first_samples(source, split, limit)
     truths = [name_of_sample(sample) for sample in samples]
     describe: Any = pipeline
     start = time.perf_counter()
@@ -144,9 +142,7 @@ def evaluate_lengths(
     Raises:
         DataError: When the split is empty.
     """
-    samples = list(islice(iterate_samples(source, split), limit))
-    if not samples:
-        raise DataError(f"`{source.name}` has no sample in split `{split}`.")
+    samples = first_samples(source, split, limit)
     images = [Image.fromarray(sample.image) for sample in samples]
     describe: Any = pipeline
     start = time.perf_counter()

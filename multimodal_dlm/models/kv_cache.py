@@ -4,8 +4,8 @@ A token's keys and values are final iff its id, noise level and position are fin
 may attend to is final, recursively. A token attends to orders up to its own, and a noise group
 opens when every free group of lower order is closed. So the columns below the lowest order that
 still has a free mask are final: the condition before the first step, then one block after the other
-(Arriola et al. 2025, arXiv 2503.09573, section 3). Columns above it are neither seen nor written
-yet, and are not computed at all.
+(Arriola et al. 2025, arXiv 2503.09573, section 3). Columns above the order that is being written
+are neither seen nor written yet, and are not computed at all.
 """
 
 from dataclasses import dataclass
@@ -29,7 +29,7 @@ class ExactCache:
     A forward computes the open columns, and with them those that have become final since the last
     one: the forward that commits a block is the first forward of the next block. The ids of kept
     columns are compared at every forward, so a canvas that was changed behind the cache's back
-    starts it anew. No gradients flow through kept columns.
+    starts it anew. No gradients flow through a forward with the cache.
 
     Args:
         plan: Plan of the canvas.
@@ -50,6 +50,8 @@ class ExactCache:
         self._whole = plan
         self._beyond = int(plan.order.max()) + 1 if plan.order.numel() else 0
         self._current: int | None = None
+        self._reach = -1
+        self._wanted = -1
         self.open: Int[Tensor, " open"] = torch.arange(self.length, device=is_free.device)
         self._forget()
 
@@ -65,6 +67,13 @@ class ExactCache:
     def length(self) -> int:
         """Columns of the canvas."""
         return self._whole.order.shape[1]
+
+    def reach(self, order: int) -> None:
+        """Ask the next forwards for the columns up to an order, whatever waits below it.
+
+        Without it they compute up to the lowest order with a free mask.
+        """
+        self._reach = order
 
     def begin(
         self,
@@ -91,14 +100,15 @@ class ExactCache:
         current = int(order.masked_fill(~is_waiting, self._beyond).min()) if order.numel() else 0
         if self._is_stale(current, input_ids):
             self._forget()
-        if current != self._current:
+        wanted = max(current, self._reach)
+        if (current, wanted) != (self._current, self._wanted):
             is_final = ((order < current) | padding).all(dim=0)
-            is_open = ((order <= current) & ~padding).any(dim=0)
+            is_open = ((order <= wanted) & ~padding).any(dim=0)
             is_open[self.kept] = False
             final = (is_final & is_open).nonzero().flatten()
             self.open = torch.cat([final, (is_open & ~is_final).nonzero().flatten()])
             self.plan = self._whole.select(self.open, self.kept)
-            self._num_final, self._current = len(final), current
+            self._num_final, self._current, self._wanted = len(final), current, wanted
         if input_ids is not None and self._num_final:
             ids = input_ids[:, self.open[: self._num_final]]
             known = [] if self._kept_ids is None else [self._kept_ids]
@@ -146,10 +156,11 @@ class ExactCache:
 
 def build_cache(
     config: object, plan: AttentionPlan, is_free: Bool[Tensor, "batch length"]
-) -> ExactCache:
-    """The cache that a config asks for."""
+) -> ExactCache | None:
+    """The cache that a config asks for; None where nothing can ever be kept (full attention)."""
     if isinstance(config, ExactCacheConfig):
-        return ExactCache(plan, is_free)
+        has_orders = bool((plan.order != plan.order[:, :1]).any())
+        return ExactCache(plan, is_free) if has_orders else None
     raise ConfigError(
         f"Unknown cache config `{type(config).__name__}`. Available: `ExactCacheConfig`."
     )

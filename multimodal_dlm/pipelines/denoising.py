@@ -52,7 +52,8 @@ class DenoisingOutput:
         canvas: The canvas with every free position written.
         num_forwards: Calls of the backbone, over all branches.
         num_steps: Steps taken.
-        is_complete: False when a callback stopped the run; the rest are then last predictions.
+        is_complete: False when a callback stopped the run, or took tokens back that no step wrote
+            again; the rest are then last predictions.
     """
 
     canvas: Canvas
@@ -83,10 +84,13 @@ class _Forwards:
         }
         return cls(transformer, list(branches), plans, caches, num_forwards)
 
-    def __call__(self, branch: Branch, *, uncached: bool = False) -> Any:
-        """One call of the backbone on a branch; uncached, it has the states of all columns."""
+    def __call__(self, branch: Branch, groups: Sequence[Group] | None = None) -> Any:
+        """One call of the backbone on a branch, for the states of some groups or of all columns."""
         self.num_forwards += 1
         canvas = branch.canvas
+        cache = None if groups is None else self.caches[branch.name]
+        if cache is not None and groups:
+            cache.reach(max(int(canvas.order[:, g.columns(canvas)].max()) for g in groups))
         with self.transformer.cache_context(branch.name):
             return self.transformer(
                 canvas.input_ids,
@@ -94,7 +98,7 @@ class _Forwards:
                 modality_ids=canvas.modality_ids,
                 position_ids=canvas.position_ids,
                 attention_plan=self.plans[branch.name],
-                kv_cache=None if uncached else self.caches[branch.name],
+                kv_cache=cache,
             )
 
     def write(self, canvas: Canvas, windows: Iterable[int]) -> None:
@@ -171,7 +175,8 @@ def denoise(
                     loop.accept(changed)
                 if length_rule is not None:
                     loop.reshape(length_rule(loop.canvas))
-    return loop.output(is_complete=True)
+    # A callback may have taken back what no later step writes.
+    return loop.stop(stages) if loop.has_masks() else loop.output(is_complete=True)
 
 
 class _Loop:
@@ -222,6 +227,11 @@ class _Loop:
         is_masked = self.vocabulary.is_masked(self.canvas.input_ids[:, part])
         return not bool((is_masked & self.canvas.is_free[:, part]).any())
 
+    def has_masks(self) -> bool:
+        """True when a free position is masked."""
+        is_masked = self.vocabulary.is_masked(self.canvas.input_ids)
+        return bool((is_masked & self.canvas.is_free).any())
+
     def step(self, timestep: Tensor, guided: bool) -> bool:
         """One forward per branch, then one scheduler step per open group.
 
@@ -240,7 +250,12 @@ class _Loop:
             for branch in restrict(self.forwards.branches, guided)
             if any(branch.serves(run.group.window) for run in runs)
         ]
-        outputs = {branch.name: self.forwards(branch) for branch in branches}
+        outputs = {
+            branch.name: self.forwards(
+                branch, [run.group for run in runs if branch.serves(run.group.window)]
+            )
+            for branch in branches
+        }
         ids = self.canvas.input_ids.clone()
         for run in runs:
             serving = [branch for branch in branches if branch.serves(run.group.window)]
@@ -343,7 +358,7 @@ class _Loop:
 
     def _conditional_states(self) -> Tensor:
         """Hidden states of the main canvas by one more forward."""
-        return self.forwards(self.forwards.branches[0], uncached=True).hidden_states
+        return self.forwards(self.forwards.branches[0]).hidden_states
 
     def output(self, *, is_complete: bool) -> DenoisingOutput:
         """The result of the run."""

@@ -20,6 +20,39 @@ from multimodal_dlm.pipelines.randomness import Generators, draw_row_seeds
 from multimodal_dlm.processing import TASKS, Codes, UnifiedProcessor
 
 
+def masked_nll(
+    transformer: Any, canvas: Canvas, is_masked: Bool[Tensor, "batch length"]
+) -> Float[Tensor, "batch length"]:
+    """Nll in nats of the true tokens at positions that are masked for it, float64; 0 elsewhere.
+
+    Args:
+        transformer: Backbone.
+        canvas: Clean rows.
+        is_masked: Positions to mask, of any modality.
+    """
+    vocabulary = transformer.vocabulary
+    input_ids, parts = canvas.input_ids, []
+    for index, name in enumerate(vocabulary.modalities):
+        is_own = is_masked & (canvas.modality_ids == index)
+        input_ids = input_ids.masked_fill(is_own, vocabulary.mask_token_id(name))
+        parts.append((name, is_own))
+    noisy = canvas.replace(input_ids=input_ids)
+    states = transformer(
+        input_ids,
+        noise_levels=noise_levels(noisy, vocabulary),
+        modality_ids=noisy.modality_ids,
+        position_ids=noisy.position_ids,
+        attention_plan=AttentionPlan.from_canvas(noisy),
+    ).hidden_states
+    nll = torch.zeros(is_masked.shape, dtype=torch.float64, device=is_masked.device)
+    for name, is_own in parts:
+        if bool(is_own.any()):
+            logits = transformer.compute_logits(states[is_own], name)
+            columns = vocabulary.to_columns(canvas.input_ids[is_own], name)
+            nll[is_own] = token_nll(logits, None, columns, num_columns=logits.shape[-1]).double()
+    return nll
+
+
 class CanvasScorer:
     """Answers, for one row: with these positions masked, what is the nll of each true token?
 
@@ -40,10 +73,6 @@ class CanvasScorer:
         self.transformer = transformer
         self.canvas = canvas
         self.batch_size = batch_size
-        self._masks = torch.zeros_like(canvas.input_ids)
-        for index, name in enumerate(transformer.vocabulary.modalities):
-            is_own = canvas.modality_ids == index
-            self._masks[is_own] = transformer.vocabulary.mask_token_id(name)
 
     @torch.no_grad()
     def __call__(self, is_masked: Bool[Tensor, "draws length"]) -> Float[Tensor, "draws length"]:
@@ -51,26 +80,8 @@ class CanvasScorer:
         return torch.cat([self._score(part) for part in is_masked.split(self.batch_size)])
 
     def _score(self, is_masked: Bool[Tensor, "draws length"]) -> Float[Tensor, "draws length"]:
-        vocabulary = self.transformer.vocabulary
         rows = torch.zeros(len(is_masked), dtype=torch.long, device=self.canvas.device)
-        clean = self.canvas.select_rows(rows)
-        noisy = clean.replace(input_ids=torch.where(is_masked, self._masks, clean.input_ids))
-        output = self.transformer(
-            noisy.input_ids,
-            noise_levels=noise_levels(noisy, vocabulary),
-            modality_ids=noisy.modality_ids,
-            position_ids=noisy.position_ids,
-            attention_plan=AttentionPlan.from_canvas(noisy),
-        )
-        nll = torch.zeros(is_masked.shape, dtype=torch.float64, device=is_masked.device)
-        for index, name in enumerate(vocabulary.modalities):
-            is_target = is_masked & (clean.modality_ids == index)
-            if not bool(is_target.any()):
-                continue
-            logits = self.transformer.compute_logits(output.hidden_states[is_target], name)
-            columns = vocabulary.to_columns(clean.input_ids[is_target], name)
-            nll[is_target] = token_nll(logits, None, columns, num_columns=logits.shape[-1]).double()
-        return nll
+        return masked_nll(self.transformer, self.canvas.select_rows(rows), is_masked)
 
 
 class ScoringMixin:
@@ -97,8 +108,9 @@ class ScoringMixin:
         `caption` the text given the picture, `vqa` the answer (`text`) given picture and question,
         `unconditional_image` and `unconditional_text` one modality alone, `text` an answer given a
         question without a picture, `joint` both: NELBO(text, picture masked) + NELBO(picture, text
-        clean), the chain of Ou et al. 2024 (arXiv 2406.03736) bounds. A text is its tokens and one
-        `<eos>`. Guidance and temperature are no part of a likelihood.
+        clean), a chain of bounds (Ou et al. 2024, arXiv 2406.03736, Eq. 14, for each). A text is
+        its tokens and one `<eos>` in a window of just that length, which the model sees: the bound
+        is on the text given its length. Guidance and temperature are no part of a likelihood.
 
         Args:
             task: One of `processing.TASKS`.

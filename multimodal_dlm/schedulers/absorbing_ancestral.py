@@ -7,7 +7,7 @@ import torch
 from diffusers.configuration_utils import register_to_config
 from diffusers.schedulers.scheduling_utils import SchedulerMixin  # noqa: F401 (loaded by name)
 
-from multimodal_dlm.errors import unknown_name
+from multimodal_dlm.errors import ConfigError, unknown_name
 from multimodal_dlm.schedulers.base import DiscreteScheduler, StepInput, StepResult
 from multimodal_dlm.schedulers.presets import ANCESTRAL_MODALITIES
 from multimodal_dlm.schedulers.proposal import propose
@@ -35,9 +35,9 @@ class AbsorbingAncestralScheduler(DiscreteScheduler):
       that reveals none, the first one to be hit is revealed.
 
     With one step both draw from the product of the marginals. `temperature`, `top_k` and `top_p`
-    other than 1, None and None leave the model's distribution. `choice_temperature`, `eos_column`
-    and `fill_column` are for confidence-type schedulers: here `<eos>` and `<fill>` are ordinary
-    tokens and the order is random already.
+    other than 1, None and None leave the model's distribution. `choice_temperature`,
+    `commit_rule`, `eos_column` and `fill_column` are for confidence-type schedulers: here `<eos>`
+    and `<fill>` are ordinary tokens and the order is random already.
 
     Args:
         modalities: Options per modality, see `ModalitySettings`; None for the preset.
@@ -55,6 +55,12 @@ class AbsorbingAncestralScheduler(DiscreteScheduler):
             raise unknown_name("`counts` rule", counts, COUNTS)
         self._configure(modalities, ANCESTRAL_MODALITIES)
         self._is_binomial = counts == "binomial"
+        planned = [name for name, own in self._settings.items() if own.step_profile is not None]
+        if self._is_binomial and planned:
+            raise ConfigError(
+                f"`step_profile` plans counts, and `counts` is `binomial`, which draws them; got"
+                f' both for {planned}. Use `counts="planned"`.'
+            )
 
     def _needs_generator(self, settings: ModalitySettings) -> bool:
         return True

@@ -379,14 +379,19 @@ def _planned_counts(
 ) -> Int[Tensor, " batch"]:
     """Positions left masked after the step.
 
-    floor(N0 (1 - alpha)), in float64 with +1e-9; or what the step plan of a profile leaves.
+    floor(N0 (1 - alpha)), in float64 with +1e-9; or what the step plan of a profile leaves, where
+    the group's known tokens count as known. (A block is planned as a window of its own.)
     """
+    known = (state.initial_sample < mask_column).sum(dim=1)
     initial = (is_free & (state.initial_sample == mask_column)).sum(dim=1)
     profile = state.settings.step_profile
     if profile is None:
         return torch.floor(initial.to(torch.float64) * times.masked_share + 1e-9).long()
     left = [
-        count - sum(plan_steps(profile, count, times.num_steps)[: times.num_done]) if count else 0
-        for count in initial.tolist()
+        count
+        - sum(plan_steps(profile, count, times.num_steps, num_known=num_known)[: times.num_done])
+        if count
+        else 0
+        for count, num_known in zip(initial.tolist(), known.tolist(), strict=True)
     ]
     return torch.tensor(left, dtype=torch.long, device=initial.device)

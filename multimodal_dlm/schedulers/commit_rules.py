@@ -7,8 +7,8 @@ row, and read the distribution the confidence is taken from: temperature 1, rest
 columns a position may take, before top-k and top-p.
 """
 
-import dataclasses
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -17,7 +17,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from multimodal_dlm.errors import ConfigError, unknown_name
+from multimodal_dlm.errors import ConfigError, make_named
 from multimodal_dlm.schedulers.shaping import rank_descending
 
 
@@ -29,14 +29,16 @@ class Candidates:
         is_masked: Positions that may be committed.
         confidence: Log-probability of the drawn token; 0 where not masked.
         log_probabilities: Distributions at the masked positions, in the order of `is_masked`.
-        progress: Share of the group's time that is over when this step ends, in (0, 1].
+        num_done: Steps of the group that are over after this one, 1 or more.
+        num_steps: Steps of the group.
         memory: What the rule kept at the last step; empty at the first.
     """
 
     is_masked: Bool[Tensor, "batch seq"]
     confidence: Float[Tensor, "batch seq"]
     log_probabilities: Float[Tensor, "masked columns"]
-    progress: float
+    num_done: int
+    num_steps: int
     memory: Mapping[str, Tensor] = field(default_factory=dict)
 
     def spread(
@@ -63,12 +65,12 @@ class Selection:
 
 
 @dataclass(frozen=True)
-class CommitRule:
+class CommitRule(ABC):
     """Base of the commit rules: a frozen dataclass of its options, called once per step."""
 
+    @abstractmethod
     def __call__(self, candidates: Candidates) -> Selection:
         """Choose the tokens that are sure."""
-        raise NotImplementedError
 
 
 @dataclass(frozen=True)
@@ -179,7 +181,8 @@ class StabilityRule(CommitRule):
             divergence = _kl_divergence(now, candidates.memory["log_probabilities"][is_masked])
             is_stable = candidates.spread(divergence, torch.inf) < self.kl_bound
             num_stable = torch.where(is_stable, candidates.memory["num_stable"] + 1, 0)
-        full = now.new_zeros((*is_masked.shape, now.shape[-1]))
+        # What was not masked has no past: the divergence from it is infinite.
+        full = now.new_full((*is_masked.shape, now.shape[-1]), -torch.inf)
         full[is_masked] = now
         is_likely = candidates.confidence > math.log(self.threshold)
         return Selection(
@@ -192,9 +195,9 @@ class StabilityRule(CommitRule):
 class EarlyExitRule(CommitRule):
     """Commit everything that is left once the best tokens stand clear of the second best.
 
-    The gap is the mean over a row's masked positions of the difference in log-probability between
-    the best and the second-best token; what it must exceed falls with the progress of the run (Li
-    et al. 2025, Prophet, arXiv 2508.19982).
+    The gap of a position is the difference in log-probability between its best and second-best
+    token; its mean over the masked positions of a row that have a choice must exceed a bound that
+    falls with the progress of the run (Li et al. 2025, Prophet, arXiv 2508.19982).
 
     Args:
         early: Gap in nats that ends the run in its first third.
@@ -216,11 +219,13 @@ class EarlyExitRule(CommitRule):
         if candidates.log_probabilities.shape[-1] < 2:
             return Selection(is_masked)
         best = candidates.log_probabilities.topk(2, dim=-1).values.to(torch.float64)
-        gaps = candidates.spread(best[:, 0] - best[:, 1], 0.0)
-        mean = gaps.sum(dim=1) / is_masked.sum(dim=1).clamp(min=1)
-        third = min(2, int(candidates.progress * 3))
+        gaps = candidates.spread(best[:, 0] - best[:, 1], torch.inf)
+        has_choice = is_masked & gaps.isfinite()
+        count = has_choice.sum(dim=1)
+        mean = gaps.masked_fill(~has_choice, 0.0).sum(dim=1) / count.clamp(min=1)
+        third = (candidates.num_done - 1) * 3 // candidates.num_steps
         bound = (self.early, self.middle, self.late)[third]
-        return Selection(is_masked & (mean > bound)[:, None])
+        return Selection(is_masked & ((mean > bound) | (count == 0))[:, None])
 
 
 COMMIT_RULES: dict[str, type[CommitRule]] = {
@@ -242,14 +247,7 @@ def get_commit_rule(name: str, **options: Any) -> CommitRule:
     Raises:
         ConfigError: When the name is unknown, has no such option, or refuses its value.
     """
-    if name not in COMMIT_RULES:
-        raise unknown_name("commit rule", name, COMMIT_RULES)
-    rule = COMMIT_RULES[name]
-    known = [part.name for part in dataclasses.fields(rule)]
-    for option in options:
-        if option not in known:
-            raise unknown_name(f"option of commit rule `{name}`:", option, known)
-    return rule(**options)
+    return make_named("commit rule", COMMIT_RULES, name, options)
 
 
 def _check_range(

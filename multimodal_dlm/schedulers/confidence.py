@@ -99,7 +99,7 @@ class ConfidenceScheduler(DiscreteScheduler):
         scores: Float[Tensor, "batch seq"],
         is_masked: Bool[Tensor, "batch seq"],
     ) -> Selection:
-        """What the commit rule calls sure, made up to the plan's count by the best scores."""
+        """What the plan takes by score, and what the commit rule calls sure."""
         count = is_masked.sum(dim=1) - step.num_left
         rule = step.settings.rule
         if rule is None:
@@ -109,13 +109,12 @@ class ConfidenceScheduler(DiscreteScheduler):
                 is_masked=is_masked,
                 confidence=proposal.confidence,
                 log_probabilities=proposal.log_probabilities,
-                progress=1.0 - step.times.time_left,
+                num_done=step.times.num_done,
+                num_steps=step.times.num_steps,
                 memory=step.memory,
             )
         )
-        count = torch.maximum(count, selection.is_sure.sum(dim=1))
-        scores = scores.masked_fill(selection.is_sure, torch.inf)
-        return Selection(_best(scores, is_masked, count), selection.memory)
+        return Selection(selection.is_sure | _best(scores, is_masked, count), selection.memory)
 
     def _scores(
         self,

@@ -56,6 +56,12 @@ class ModalitySettings:
     fill_column: int | None = None
 
     def __post_init__(self) -> None:
+        for name in ("mask_schedule_options", "commit_rule_options"):
+            if not isinstance(getattr(self, name), Mapping):
+                raise ConfigError(
+                    f"`{name}` must be a dictionary of options; got {getattr(self, name)!r}."
+                    " Use {} for none."
+                )
         self.alpha_schedule  # noqa: B018 (an unknown name must fail here, not at the first step)
         self.rule  # noqa: B018
         if self.step_profile is not None:

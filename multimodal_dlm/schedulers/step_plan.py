@@ -30,13 +30,16 @@ def interpolate_profile(profile: Sequence[float], num_tokens: int) -> NDArray[np
             but one token known.
         num_tokens: Tokens N of the window, 1 or more.
 
+    A token can only be surer when more is known, so a profile that rises somewhere, as measured
+    ones do by chance, is first made non-increasing by least squares.
+
     Raises:
         ConfigError: When the profile has fewer than 2 entries, or one that is negative or not
             finite.
     """
     check_profile(profile)
     shares = np.arange(num_tokens) / max(num_tokens - 1, 1)
-    return np.interp(shares, np.linspace(0.0, 1.0, len(profile)), np.asarray(profile, np.float64))
+    return np.interp(shares, np.linspace(0.0, 1.0, len(profile)), _non_increasing(profile))
 
 
 def check_profile(profile: Any) -> None:
@@ -73,15 +76,18 @@ def parallel_error(entropies: Sequence[float] | NDArray[np.float64], sizes: Sequ
     return float(sum(size * h[start] for start, size in zip(starts, sizes, strict=True)) - h.sum())
 
 
-def plan_steps(profile: Sequence[float], num_tokens: int, num_steps: int) -> tuple[int, ...]:
+def plan_steps(
+    profile: Sequence[float], num_tokens: int, num_steps: int, *, num_known: int = 0
+) -> tuple[int, ...]:
     """The sizes of `num_steps` steps with the smallest `parallel_error`.
 
     Dynamic programming over where each step ends, O(num_steps num_tokens^2); the result is kept.
 
     Args:
         profile: As for `interpolate_profile`.
-        num_tokens: Tokens of the window, 1 or more.
+        num_tokens: Tokens to write, 1 or more.
         num_steps: Steps, 1 or more; beyond `num_tokens` every step takes one.
+        num_known: Tokens of the same window that are known before the first step.
 
     Raises:
         ConfigError: When the profile is refused or a number is below 1.
@@ -92,14 +98,16 @@ def plan_steps(profile: Sequence[float], num_tokens: int, num_steps: int) -> tup
             f" {num_tokens} and {num_steps}. An empty window needs no plan."
         )
     check_profile(profile)
-    return _plan(tuple(float(value) for value in profile), num_tokens, num_steps)
+    return _plan(tuple(float(value) for value in profile), num_tokens, num_steps, num_known)
 
 
 @lru_cache(maxsize=256)
-def _plan(profile: tuple[float, ...], num_tokens: int, num_steps: int) -> tuple[int, ...]:
+def _plan(
+    profile: tuple[float, ...], num_tokens: int, num_steps: int, num_known: int
+) -> tuple[int, ...]:
     if num_steps >= num_tokens:
         return (1,) * num_tokens
-    h = interpolate_profile(profile, num_tokens)
+    h = interpolate_profile(profile, num_known + num_tokens)[num_known:]
     # best[b]: least sum of s_k h(N_{k-1}) over the steps so far, which end at b known tokens.
     ends = np.arange(num_tokens + 1)
     best = np.where(ends == 0, 0.0, np.inf)
@@ -114,6 +122,19 @@ def _plan(profile: tuple[float, ...], num_tokens: int, num_steps: int) -> tuple[
     for step in reversed(range(num_steps)):
         stops.append(int(came_from[step, stops[-1]]))
     return tuple(int(size) for size in np.diff(stops[::-1]))
+
+
+def _non_increasing(profile: Sequence[float]) -> NDArray[np.float64]:
+    """The closest non-increasing sequence in least squares: pool adjacent violators."""
+    pools: list[tuple[float, int]] = []  # (mean, entries)
+    for value in profile:
+        mean, size = float(value), 1
+        while pools and pools[-1][0] < mean:
+            before, count = pools.pop()
+            mean = (before * count + mean * size) / (count + size)
+            size += count
+        pools.append((mean, size))
+    return np.repeat([mean for mean, _ in pools], [size for _, size in pools])
 
 
 def _is_entropy(value: Any) -> bool:

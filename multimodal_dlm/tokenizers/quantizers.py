@@ -6,6 +6,7 @@ tensors (batch, height, width), and codes back to latents. Every gradient is str
 """
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -35,7 +36,7 @@ class QuantizerOutput:
     loss: Tensor
 
 
-class Quantizer(nn.Module):
+class Quantizer(nn.Module, ABC):
     """Interface of all quantizers.
 
     Attributes:
@@ -46,17 +47,17 @@ class Quantizer(nn.Module):
     num_channels: int
     codebook_sizes: tuple[int, ...]
 
+    @abstractmethod
     def forward(self, latents: Float[Tensor, "batch c h w"]) -> QuantizerOutput:
         """Latents -> quantized latents, codes and auxiliary loss."""
-        raise NotImplementedError
 
+    @abstractmethod
     def decode_codes(self, codes: Codes) -> Float[Tensor, "batch c h w"]:
         """Codes -> latents."""
-        raise NotImplementedError
 
+    @abstractmethod
     def code_features(self) -> tuple[Float[Tensor, "codes features"], ...]:
         """What each code stands for, one matrix per level: codes that decode alike are close."""
-        raise NotImplementedError
 
     def check_codes(self, codes: Codes) -> None:
         """Refuse what is no tuple of long (batch, h, w) inside the codebook, naming the value."""

@@ -7,7 +7,6 @@ import pytest
 import torch
 
 from multimodal_dlm.canvas import noise_levels
-from multimodal_dlm.datasets import open_manifest
 from multimodal_dlm.errors import ConfigError, DataError
 from multimodal_dlm.evaluation import step_profile
 from multimodal_dlm.evaluation.step_profile import (
@@ -18,15 +17,8 @@ from multimodal_dlm.evaluation.step_profile import (
 from multimodal_dlm.models.attention_plan import AttentionPlan
 from multimodal_dlm.pipelines import UnifiedTextToImagePipeline
 from multimodal_dlm.schedulers import ConfidenceScheduler
-from tests.evaluation.toy import write_squares
 from tests.pipelines.tiny import tiny_components
 from tests.schedulers.registry import masked_start, run
-
-
-@pytest.fixture(scope="module")
-def source(tmp_path_factory):
-    path = write_squares(tmp_path_factory.mktemp("data"))
-    return open_manifest(path).sources["squares"]
 
 
 @pytest.fixture(scope="module")

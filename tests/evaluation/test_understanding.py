@@ -5,7 +5,6 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from multimodal_dlm.datasets import open_manifest
 from multimodal_dlm.errors import DataError
 from multimodal_dlm.evaluation.understanding import (
     evaluate_answers,
@@ -13,7 +12,7 @@ from multimodal_dlm.evaluation.understanding import (
     evaluate_lengths,
 )
 from multimodal_dlm.pipelines import UnifiedImageToTextPipeline
-from tests.evaluation.toy import COLORS, write_squares
+from tests.evaluation.toy import COLORS
 from tests.pipelines.tiny import tiny_components
 
 
@@ -32,12 +31,6 @@ class Oracle:
             pairs = zip(names, questions, strict=True)
             texts = [name if "color" in question else "no" for name, question in pairs]
         return SimpleNamespace(texts=texts)
-
-
-@pytest.fixture(scope="module")
-def source(tmp_path_factory):
-    path = write_squares(tmp_path_factory.mktemp("data"))
-    return open_manifest(path).sources["squares"]
 
 
 def test_answers_of_a_known_reader(source):

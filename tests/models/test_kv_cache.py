@@ -177,6 +177,29 @@ def test_a_canvas_changed_behind_its_back_starts_it_anew():
         assert torch.allclose(cached[is_seen], expected[is_seen], atol=1e-5)
 
 
+def test_columns_that_are_asked_for_are_computed_whatever_waits_below():
+    """A token of a closed block is masked again while a later block is written."""
+    model = tiny_model()
+    canvases = list(block_run(model.vocabulary))
+    canvas = next(canvas for canvas, block in canvases if block == 3)
+    plan = AttentionPlan.from_canvas(canvas)
+    cache = ExactCache(plan, canvas.is_free)
+    run(model, canvas, attention_plan=plan, kv_cache=cache)
+    ids = canvas.input_ids.clone()
+    ids[0, 4] = model.vocabulary.mask_token_id("image")
+    again = canvas.replace(input_ids=ids)
+    cache.reach(3)
+    cached = run(model, again, attention_plan=plan, kv_cache=cache)
+    assert torch.allclose(cached, run(model, again, attention_plan=plan), atol=1e-5)
+    assert cache.kept.tolist() == [0, 1, 2]
+
+
+def test_full_attention_gets_no_cache():
+    model, canvas = tiny_model(), make_canvas(torch.zeros(2, 6, dtype=torch.long))
+    model.enable_cache(ExactCacheConfig())
+    assert model.new_cache(AttentionPlan.from_canvas(canvas), canvas.is_free) is None
+
+
 def test_only_open_columns_are_computed():
     model, canvas = tiny_model(), free_canvas(ORDERS["prefix"])
     seen = counted(model)

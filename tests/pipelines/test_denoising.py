@@ -186,6 +186,54 @@ def test_stopping_in_a_block_predicts_the_rest_as_without_the_cache(pipe):
     assert torch.equal(found.canvas.input_ids, expected.canvas.input_ids)
 
 
+@pytest.mark.parametrize("cached", [False, True])
+def test_a_token_of_a_closed_block_that_is_taken_back_is_not_left_masked(pipe, cached):
+    """The later blocks see the mask; in the end it takes a prediction, and the run says so."""
+    canvas = blocks_of_pictures(pipe)
+    first = canvas.window_slice(pipe.processor.image_windows[0]).start
+    mask = pipe.transformer.vocabulary.mask_token_id("image")
+    noisy = ConfidenceScheduler(modalities={"image": {"choice_temperature": 4.0}})
+
+    def callback(step, timestep, now):
+        if step != 6:
+            return now
+        ids = now.input_ids.clone()
+        ids[:, first] = mask
+        return now.replace(input_ids=ids)
+
+    def finish():
+        return run(pipe, canvas, steps=16, scheduler=noisy, callback=callback)
+
+    plain = finish()
+    with exact_cache(pipe) if cached else contextlib.nullcontext():
+        output = finish()
+    assert not output.is_complete
+    assert masks(pipe, output.canvas, slice(None)) == 0
+    assert torch.equal(output.canvas.input_ids, plain.canvas.input_ids)
+
+
+def test_a_branch_that_serves_one_window_is_cached_like_the_others(pipe):
+    """Its other window stays masked for it; what it serves must not come from empty states."""
+    canvas = pipe.processor.joint(1, gen_length=6)
+    image, answer = pipe.processor.image_windows[0], pipe.processor.answer_window
+    order = canvas.order.clone()
+    order[:, canvas.window_slice(image)] += 1
+    canvas = canvas.replace(order=order)
+    noisy = {"choice_temperature": 4.0}
+    scheduler = ConfidenceScheduler(modalities={"image": noisy, "text": noisy})
+
+    def branches(canvas):
+        return [
+            Branch("text", canvas, 0.5, windows=(answer,)),
+            Branch("image", canvas, 0.5, windows=(image,)),
+        ]
+
+    expected = run(pipe, canvas, steps=8, scheduler=scheduler, branches=branches)
+    with exact_cache(pipe):
+        found = run(pipe, canvas, steps=8, scheduler=scheduler, branches=branches)
+    assert torch.equal(found.canvas.input_ids, expected.canvas.input_ids)
+
+
 def test_rows_with_different_orders_in_a_free_window_are_refused(pipe):
     canvas = pipe.processor.text(["a", "b"], gen_length=4)
     order = canvas.order.clone()

@@ -127,8 +127,21 @@ def test_pictures_and_codes_score_alike(pipe):
 def test_refusals(pipe, codes):
     with pytest.raises(ConfigError, match=r"Unknown task `captions`. Did you mean `caption`"):
         pipe.score("captions", codes=codes, text=TEXTS)
-    with pytest.raises(ConfigError, match=r"`score` needs `codes`, `texts` or `questions`"):
-        pipe.score("caption")
+    for task, given, message in (
+        ("caption", {}, r"Task `caption` needs `codes`; got none. It takes `codes`, `texts`\."),
+        ("caption", {"codes": codes}, r"Task `caption` needs `texts`"),
+        ("vqa", {"codes": codes, "text": TEXTS}, r"Task `vqa` needs `questions`"),
+        (
+            "caption",
+            {"codes": codes, "text": TEXTS, "question": TEXTS},
+            r"Task `caption` has no place for `questions`; got some",
+        ),
+        ("unconditional_image", {"codes": codes, "text": TEXTS}, r"has no place for `texts`"),
+        ("text", {"codes": codes, "text": TEXTS, "question": TEXTS}, r"no place for `codes`"),
+        ("caption", {"codes": codes, "text": ["a", None, "b"]}, r"`texts` must be one string a"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            pipe.score(task, **given)
     with pytest.raises(ConfigError, match=r"even and at least 2; got 3"):
         pipe.score("caption", codes=codes, text=TEXTS, num_draws=3, generator=seeded(1, 2, 3))
     with pytest.raises(ConfigError, match=r"either `image` or `codes`; got both"):

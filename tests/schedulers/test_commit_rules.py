@@ -16,14 +16,14 @@ from tests.schedulers.registry import logits_of, masked_start, run, seeds_to_gen
 COLUMNS = 5
 
 
-def candidates(probabilities, is_masked=None, progress=0.5, memory=None):
+def candidates(probabilities, is_masked=None, place=(2, 3), memory=None):
     """Greedy candidates from a table of probabilities (batch, seq, columns)."""
     table = torch.tensor(probabilities, dtype=torch.float64)
     table = table if table.dim() == 3 else table[None]
     is_masked = torch.ones(table.shape[:2], dtype=torch.bool) if is_masked is None else is_masked
     logs = table.log()
     confidence = logs.amax(dim=-1).masked_fill(~is_masked, 0.0)
-    return Candidates(is_masked, confidence, logs[is_masked], progress, memory or {})
+    return Candidates(is_masked, confidence, logs[is_masked], *place, memory or {})
 
 
 def random_candidates(seed, length=6, sharpness=4.0):
@@ -122,13 +122,62 @@ def test_early_exit_commits_all_of_a_row_or_nothing():
     rule = get_commit_rule("early_exit", early=3.0, middle=2.0, late=1.0)
     clear, near = [0.9, 0.1], [0.6, 0.4]  # Gaps of 2.197 and 0.405 nats, mean 1.301.
     table = [[clear, near], [clear, clear]]
-    assert not bool(rule(candidates(table, progress=0.2)).is_sure.any())
-    middle = rule(candidates(table, progress=0.5)).is_sure
+    assert not bool(rule(candidates(table, place=(1, 3))).is_sure.any())
+    middle = rule(candidates(table, place=(2, 3))).is_sure
     assert middle.tolist() == [[False, False], [True, True]]
-    assert bool(rule(candidates(table, progress=1.0)).is_sure.all())
+    assert bool(rule(candidates(table, place=(3, 3))).is_sure.all())
     masked = torch.tensor([[True, False], [True, True]])
-    alone = rule(candidates(table, masked, progress=0.5)).is_sure
+    alone = rule(candidates(table, masked, place=(2, 3))).is_sure
     assert alone.tolist() == [[True, False], [True, True]]
+
+
+def test_a_position_without_a_choice_does_not_end_the_run():
+    rule = get_commit_rule("early_exit")
+    flat = [0.25, 0.25, 0.25, 0.25]
+    forced = [1.0, 0.0, 0.0, 0.0]
+    for place in ((1, 3), (2, 3), (3, 3)):
+        assert not bool(rule(candidates([forced, flat, flat], place=place)).is_sure.any())
+        assert bool(rule(candidates([forced, forced], place=place)).is_sure.all())
+
+
+@pytest.mark.parametrize("num_steps", [3, 6, 12, 24])
+def test_the_thirds_of_a_run_are_thirds(num_steps):
+    rule = get_commit_rule("early_exit", early=3.0, middle=2.0, late=1.0)
+    gaps = (0.5, 1.5, 2.5)  # Sure in no third, in the last one, in the last two.
+    counts = []
+    for gap in gaps:
+        table = [[1 / (1 + math.exp(-gap)), 1 / (1 + math.exp(gap))]]
+        places = [(done, num_steps) for done in range(1, num_steps + 1)]
+        counts.append(sum(bool(rule(candidates(table, place=p)).is_sure.all()) for p in places))
+    assert counts == [0, num_steps // 3, 2 * num_steps // 3]
+
+
+def test_a_token_that_was_taken_back_has_no_past():
+    rule = get_commit_rule("stability", threshold=0.5, kl_bound=10.0, num_steps=1)
+    known = torch.tensor([[False, True]])
+    memory = rule(candidates([[0.5, 0.5], [0.9, 0.1]], known)).memory
+    after = rule(candidates([[0.9, 0.1], [0.9, 0.1]], memory=memory))
+    assert after.is_sure.tolist() == [[False, True]]
+
+
+def test_a_sure_fill_that_is_held_back_takes_no_place_of_the_plan():
+    """The plan takes two flat content tokens, the rule two peaked `<fill>`s that must wait."""
+    table = torch.tensor(
+        [[0.02, 0.01, 0.65, 0.11, 0.11, 0.10]] * 2 + [[0.0, 0.6, 0.0, 0.4, 0, 0]] * 2
+    )
+    options = {"eos_column": 0, "fill_column": 1}
+    counts = []
+    for rule in ({}, {"commit_rule": "entropy_bound", "commit_rule_options": {"bound": 1.0}}):
+        scheduler = ConfidenceScheduler(modalities={"words": {**options, **rule}})
+        scheduler.set_timesteps(2)
+        sample, is_free = torch.full((1, 4), 6), torch.ones(1, 4, dtype=torch.bool)
+        state = scheduler.begin(sample, is_free, "words")
+        out = scheduler.step(
+            table.clamp(min=1e-9).log()[None], 1.0, sample, state=state, is_free=is_free
+        )
+        counts.append(int(out.committed.sum()))
+    assert counts[0] == 2
+    assert counts[1] >= counts[0]
 
 
 @pytest.mark.parametrize("name", COMMIT_RULES)
@@ -163,8 +212,7 @@ def test_every_committed_token_was_sure_or_planned(name):
             break
         logs = logits_of(sample, COLUMNS).log_softmax(dim=-1)
         confidence = logs.amax(dim=-1).masked_fill(~is_masked, 0.0)
-        progress = (index + 1) / 16
-        expected = rule(Candidates(is_masked, confidence, logs[is_masked], progress, memory))
+        expected = rule(Candidates(is_masked, confidence, logs[is_masked], index + 1, 16, memory))
         memory = expected.memory
         out = scheduler.step(logs, timestep, sample, state=state, is_free=is_free)
         sample, state = out.prev_sample, out.state
@@ -228,6 +276,7 @@ def test_memory_moves_with_the_rows():
             r"`num_steps` must be a whole number above 0; got 0",
         ),
         ({"commit_rule_options": {"bound": 1.0}}, r"`commit_rule_options` needs a `commit_rule`"),
+        ({"commit_rule_options": None}, r"(?s)Modality `words`:.*commit_rule_options"),
     ],
 )
 def test_messages(options, message):

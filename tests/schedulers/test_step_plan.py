@@ -123,7 +123,33 @@ def test_the_scheduler_commits_what_the_plan_says(cls):
     )  # fmt: skip
     counts = torch.stack([committed.sum(dim=1) for committed in commits]).T.tolist()
     for row, found in zip(is_free, counts, strict=True):
-        assert tuple(found) == plan_steps(profile, int(row.sum()), 6)
+        num_free = int(row.sum())
+        assert tuple(found) == plan_steps(profile, num_free, 6, num_known=30 - num_free)
+
+
+def test_a_profile_that_rises_by_chance_is_made_non_increasing():
+    assert interpolate_profile([3.0, 1.0, 2.0, 0.5], 4).tolist() == [3.0, 1.5, 1.5, 0.5]
+    assert interpolate_profile([1.0, 2.0, 3.0], 3).tolist() == [2.0, 2.0, 2.0]
+    entropies = interpolate_profile([1.0, 0.5, 2.0], 8)
+    assert parallel_error(entropies, plan_steps([1.0, 0.5, 2.0], 8, 2)) >= 0
+
+
+def test_known_tokens_move_the_plan_along_the_profile():
+    """The best plan for the second half of a window is the best on the second half of h."""
+    profile = [7.0 / (1 + 8 * share) for share in np.linspace(0, 1, 33).tolist()]
+    entropies = interpolate_profile(profile, 24)[12:]
+    cuts = itertools.combinations(range(1, 12), 3)
+    best = min(parallel_error(entropies, np.diff([0, *cut, 12]).tolist()) for cut in cuts)
+    sizes = plan_steps(profile, 12, 4, num_known=12)
+    assert parallel_error(entropies, sizes) == pytest.approx(best, abs=1e-9)
+    assert sizes != plan_steps(profile, 12, 4)
+
+
+def test_drawn_counts_and_a_plan_exclude_each_other():
+    with pytest.raises(ConfigError, match=r"`counts` is `binomial`.*\['codes'\]"):
+        AbsorbingAncestralScheduler(
+            modalities={"codes": {"step_profile": [2.0, 1.0]}}, counts="binomial"
+        )
 
 
 def test_a_time_window_has_its_own_number_of_steps():

@@ -1,0 +1,12 @@
+"""The squares of `toy.py` as shards, written once for each module."""
+
+import pytest
+
+from multimodal_dlm.datasets import Source, open_manifest
+from tests.evaluation.toy import write_squares
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Source:
+    """The only source of the manifest."""
+    return open_manifest(write_squares(tmp_path_factory.mktemp("data"))).sources["squares"]
