@@ -57,10 +57,9 @@ def measure(pipeline: Any, batches: list[int], repeats: int) -> list[dict[str, A
     for round_number in range(repeats + 1):
         for dtype, has_cache, batch in settings:
             pipeline.transformer.to(DTYPES[dtype])
+            pipeline.transformer.disable_cache()
             if has_cache:
                 pipeline.transformer.enable_cache(ExactCacheConfig())
-            elif pipeline.transformer.is_cache_enabled:
-                pipeline.transformer.disable_cache()
             start = time.perf_counter()
             pipeline([PROMPT] * batch, generator=torch.Generator().manual_seed(0))
             if round_number:
