@@ -1,27 +1,78 @@
-"""The training-step benchmark runs and reports what its readers look up."""
+"""Every benchmark runs as its page says and reports what its readers look up."""
 
-import argparse
-import importlib.util
+import json
+import runpy
 from pathlib import Path
 
+import pytest
 import torch
 
 from multimodal_dlm.models.memory import keep_freed_memory
 
-FILE = Path(__file__).resolve().parents[2] / "benchmarks" / "training_step.py"
+FOLDER = Path(__file__).resolve().parents[2] / "benchmarks"
+TINY_STEP = [
+    "--preset", "tiny", "--noise-conditioning", "none", "--rows", "4", "--micro-batch", "2",
+    "--length", "12", "--steps", "1",
+]  # fmt: skip
+OPTIONS = {
+    "training_step": TINY_STEP,
+    "text_to_image": ["--batches", "1", "2", "--repeats", "1"],
+    "image_to_text": ["--repeats", "1"],
+}
 
 
-def test_the_report_holds_its_keys():
-    spec = importlib.util.spec_from_file_location("training_step", FILE)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    options = {"preset": "tiny", "noise_conditioning": "none", "rows": 4, "length": 12}
-    report = module.measure(argparse.Namespace(**options, micro_batch=2, steps=1))
-    assert report["utilisation"] > 0
-    assert report["tokens_per_second"] > 0
+@pytest.fixture
+def report(tmp_path, monkeypatch, capsys):
+    """Runs a script as `python benchmarks/NAME.py` does and returns what it wrote."""
+
+    def run(name):
+        path = tmp_path / "report.json"
+        monkeypatch.syspath_prepend(str(FOLDER))
+        monkeypatch.setattr("sys.argv", [name, *OPTIONS[name], "--json", str(path)])
+        runpy.run_path(str(FOLDER / f"{name}.py"), run_name="__main__")
+        written = json.loads(path.read_text())
+        assert json.loads(capsys.readouterr().out) == written
+        assert written["machine"]["threads"] == torch.get_num_threads()
+        assert written["versions"]["torch"] == torch.__version__
+        return written
+
+    return run
+
+
+def test_every_script_is_listed():
+    scripts = {path.stem for path in FOLDER.glob("*.py")} - {"reporting"}
+    assert scripts == set(OPTIONS)
+    page = (FOLDER / "README.md").read_text()
+    assert all(f"`{name}.py`" in page for name in scripts)
+
+
+def test_a_training_step(report):
+    found = report("training_step")
+    assert found["utilisation"] > 0
+    assert found["tokens_per_second"] > 0
     weights = 2 * (4 * 64 * 64 + 3 * 64 * 128)
-    assert report["matmul_flops_per_step"] > 6 * weights * 4 * 12
-    assert report["machine"]["threads"] == torch.get_num_threads()
+    assert found["matmul_flops_per_step"] > 6 * weights * 4 * 12
+
+
+@pytest.mark.slow
+def test_text_to_image(report):
+    rows = report("text_to_image")["settings"]
+    assert {(row["dtype"], row["exact_cache"], row["batch"]) for row in rows} == {
+        (dtype, cache, batch)
+        for dtype in ("float32", "bfloat16")
+        for cache in (False, True)
+        for batch in (1, 2)
+    }
+    assert all(row["seconds_per_picture"] > 0 for row in rows)
+
+
+@pytest.mark.slow
+def test_image_to_text(report):
+    found = report("image_to_text")
+    assert set(found["ratios"]) == {
+        "caption_prefix", "caption_prefix_256_tokens", "vqa_shared_image",
+    }  # fmt: skip
+    assert all(row["identical_ids"] for row in found["rows"])
 
 
 def test_keeping_memory_says_whether_it_could():
