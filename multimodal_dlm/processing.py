@@ -25,7 +25,6 @@ from multimodal_dlm.layout import LayoutRow, Window, assemble, check_layout
 from multimodal_dlm.vocabulary import UnifiedVocabulary
 
 MASK_MARKER = "[MASK]"
-FILL_FREE_SHARE = 0.3  # Share of training windows that end right after `<eos>`.
 TASKS = (
     "text_to_image",
     "caption",
@@ -71,14 +70,14 @@ class TrainingRow:
         codes: Image codes, one integer array (h, w) per level; None when the row has no image.
         instruction: Question or command; None or empty for none.
         text: Caption or answer.
-        window_draws: Two uniform numbers in [0, 1) that set the length of a free text window.
+        window_draw: A uniform number in [0, 1) that sets the length of a free text window.
     """
 
     task: str
     codes: tuple[Any, ...] | None = None
     instruction: str | None = None
     text: str | None = None
-    window_draws: tuple[float, float] = (0.0, 0.0)
+    window_draw: float = 0.0
 
 
 class UnifiedProcessor:
@@ -311,7 +310,7 @@ class UnifiedProcessor:
             )
         if row.task in ("text_to_image", "unconditional_image", "joint"):
             return self._training_image_row(row, picture or [])
-        window = self._window(row.text or "", row.window_draws)
+        window = self._window(row.text or "", row.window_draw)
         built = self._text_row(picture, row.instruction, window)
         if row.task == "unconditional_text" and picture is not None:
             for index in self.image_windows:
@@ -327,7 +326,7 @@ class UnifiedProcessor:
             masks = self._masked_text(self.layout["unconditional_window"]["text"])
             built = self._image_row(masks)
         else:
-            window = self._window(row.text or "", row.window_draws)
+            window = self._window(row.text or "", row.window_draw)
             built = self._image_row(window, order=(0, 0))
             built.is_free[self.answer_window] = np.ones(len(window), bool)
         for index, ids in zip(self.image_windows, picture, strict=True):
@@ -385,13 +384,17 @@ class UnifiedProcessor:
         """Content and `<eos>`, without fill."""
         return self._checked(np.append(self._encode(text), self._eos), text)
 
-    def _window(self, text: str, draws: tuple[float, float]) -> np.ndarray:
-        """Content, `<eos>` and a random run of `<fill>`."""
+    def _window(self, text: str, draw: float) -> np.ndarray:
+        """Content, `<eos>` and a random run of `<fill>`.
+
+        The length of the window is log-uniform on those that hold the text: its prior depends on
+        the text by nothing but that it must fit, so that a longer window does not ask for a longer
+        text.
+        """
         ids = self._condition(text)
-        room = self.layout["max_window"]["text"] - len(ids)
-        extra = 0
-        if draws[0] >= FILL_FREE_SHARE and room > 0:
-            extra = min(room, math.floor(math.exp(draws[1] * math.log(room + 1))))
+        shortest, longest = len(ids), self.layout["max_window"]["text"]
+        length = math.floor(shortest * ((longest + 1) / shortest) ** draw)
+        extra = min(length, longest) - shortest
         return np.append(ids, np.full(extra, self._fill, dtype=np.int64))
 
     def _masked_text(self, gen_length: int) -> np.ndarray:

@@ -31,7 +31,14 @@ DATASET_ENTRIES = (
     "splits",
 )
 _MIXTURE_ENTRIES = ("name", "mixture")
-_MEMBER_ENTRIES = ("manifest", "weight", "tasks", "caption_weights", "balance_answers")
+_MEMBER_ENTRIES = (
+    "manifest",
+    "weight",
+    "tasks",
+    "caption_weights",
+    "balance_answers",
+    "question_weights",
+)
 _SHARD_ENTRIES = ("name", "count", "num_bytes", "sha256")
 
 
@@ -79,8 +86,13 @@ class Source:
 
     @property
     def balance_answers(self) -> bool:
-        """Whether questions are drawn by `AnswerBalance` instead of evenly."""
+        """Whether every answer to a question is asked about as often as any other."""
         return bool(self.details.get("balance_answers", False))
+
+    @property
+    def question_weights(self) -> Mapping[str, int]:
+        """Weight of each question type, 1 where none is given."""
+        return dict(self.details.get("question_weights", {}))
 
     def count(self, split: str) -> int:
         """Number of samples of a split, 0 when there is none of that name."""
@@ -202,6 +214,8 @@ def _open_dataset(path: Path, root: Path | None, changes: Mapping[str, Any]) -> 
         raise DataError(
             f"{path}: `balance_answers` must be true or false; got {content['balance_answers']!r}."
         )
+    for kind, weight in content.get("question_weights", {}).items():
+        _check_share(path, f"question_weights.{kind}", weight)
     if Path(content["folder"]).is_absolute() or ".." in Path(content["folder"]).parts:
         raise DataError(
             f"{path}: `folder` must lie inside the data root; got `{content['folder']}`. Give"

@@ -13,7 +13,7 @@ from typing import Any
 
 from torch.utils.data import IterableDataset, get_worker_info
 
-from multimodal_dlm.datasets.balance import AnswerBalance
+from multimodal_dlm.datasets.asking import QuestionWeights
 from multimodal_dlm.datasets.manifest import Manifest
 from multimodal_dlm.datasets.ordering import QuotaOrder, SourceOrder
 from multimodal_dlm.datasets.reading import ShardReader, missing_split
@@ -37,7 +37,7 @@ class TrainingExample:
         task: What is free, one of `processing.TASKS`.
         instruction: Question, or None.
         text: Caption or answer.
-        window_draws: Two uniform numbers that set the length of a free text window.
+        window_draw: A uniform number that sets the length of a free text window.
         mask_draw: A uniform number for the objective's own choices, such as rectangular holes.
         record: The whole record.
         weight: 1, or 0 for a row that only fills the last batch of an epoch.
@@ -50,7 +50,7 @@ class TrainingExample:
     task: str
     instruction: str | None
     text: str
-    window_draws: tuple[float, float]
+    window_draw: float
     mask_draw: float
     record: Record
     weight: float = 1.0
@@ -114,10 +114,14 @@ class MixtureReader(IterableDataset[list[TrainingExample]]):
             name: ShardReader(source.splits[split], source=name)
             for name, source in self.sources.items()
         }
-        self._balances = {
-            name: AnswerBalance(reader.record(index) for index in range(len(reader)))
+        self._asking = {
+            name: QuestionWeights(
+                (reader.record(index) for index in range(len(reader))),
+                by_type=self.sources[name].question_weights,
+                balance_answers=self.sources[name].balance_answers,
+            )
             for name, reader in self.readers.items()
-            if self.sources[name].balance_answers
+            if self.sources[name].balance_answers or self.sources[name].question_weights
         }
         weights = {name: source.weight for name, source in self.sources.items()}
         self._mixture = QuotaOrder(weights, seed=seed, stream="sources")
@@ -170,9 +174,9 @@ class MixtureReader(IterableDataset[list[TrainingExample]]):
         task, _ = self._tasks[name][draw]
         index = self._samples[name][draw]
         record = self.readers[name].record(index)
-        choice, *windows, mask_draw = KeyedDraws(self.seed, "example", epoch, slot).uniforms(4)
+        choice, window, mask_draw = KeyedDraws(self.seed, "example", epoch, slot).uniforms(3)
         instruction, text = task_texts(
-            record, task, float(choice), source.caption_weights, self._balances.get(name)
+            record, task, float(choice), source.caption_weights, self._asking.get(name)
         )
         return TrainingExample(
             source=name,
@@ -182,7 +186,7 @@ class MixtureReader(IterableDataset[list[TrainingExample]]):
             task=task,
             instruction=instruction,
             text=text,
-            window_draws=(float(windows[0]), float(windows[1])),
+            window_draw=float(window),
             mask_draw=float(mask_draw),
             record=record,
             weight=0.0 if is_padding else 1.0,
@@ -225,7 +229,7 @@ def task_texts(
     task: str,
     u: float,
     caption_weights: Mapping[str, Any],
-    balance: AnswerBalance | None = None,
+    asking: QuestionWeights | None = None,
 ) -> tuple[str | None, str]:
     """Instruction and text of a record for a task.
 
@@ -234,7 +238,7 @@ def task_texts(
         task: A question for `vqa` and `text`, a caption otherwise.
         u: Uniform number in [0, 1) that picks among them.
         caption_weights: Weights of the captions by task; evenly where a task has none.
-        balance: Weights of the questions; None asks them evenly.
+        asking: Weights of the questions; None asks them evenly.
 
     Raises:
         DataError: When the record has no questions, or fewer captions than weights.
@@ -245,8 +249,8 @@ def task_texts(
                 f"Sample {record.key} of `{record.source}` must have questions for task `{task}`;"
                 " it has none. Take the task out of the source's shares."
             )
-        asking = [1.0] * len(record.qa) if balance is None else balance.weights(record.qa)
-        asked = record.qa[pick(u, asking)]
+        weights = [1.0] * len(record.qa) if asking is None else asking.weights(record)
+        asked = record.qa[pick(u, weights)]
         return asked.question, asked.answer
     weights = caption_weights.get(task) or [1] * len(record.captions)
     if len(weights) != len(record.captions):

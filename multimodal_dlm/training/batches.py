@@ -106,7 +106,7 @@ class CanvasBatches(_MixtureBatches):
             codes=None if example.task == "text" else codes,
             instruction=example.instruction,
             text=example.text,
-            window_draws=example.window_draws,
+            window_draw=example.window_draw,
         )
 
 

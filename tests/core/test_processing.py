@@ -1,3 +1,5 @@
+import math
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -145,7 +147,7 @@ def test_guidance_without_a_condition_is_refused():
 def test_training_rows_of_every_task(task):
     processor = toy_processor()
     codes = None if task == "text" else (CODES[0][1],)
-    row = TrainingRow(task, codes, "why" if task in ("vqa", "text") else None, "abc", (0.9, 0.5))
+    row = TrainingRow(task, codes, "why" if task in ("vqa", "text") else None, "abc", 0.9)
     canvas = processor.training_canvas([row]).validate(processor.vocabulary)
     free = {
         "text_to_image": ["image"],
@@ -161,8 +163,8 @@ def test_training_rows_of_every_task(task):
 def test_a_mixed_batch_equals_its_rows():
     processor = toy_processor()
     rows = [
-        TrainingRow("text", None, "why", "abc", (0.9, 0.9)),
-        TrainingRow("vqa", (CODES[0][0],), "who", "me", (0.9, 0.1)),
+        TrainingRow("text", None, "why", "abc", 0.9),
+        TrainingRow("vqa", (CODES[0][0],), "who", "me", 0.1),
         TrainingRow("text_to_image", (CODES[0][1],), None, "abcdef"),
     ]
     together = processor.training_canvas(rows).validate(processor.vocabulary)
@@ -175,23 +177,38 @@ def test_a_mixed_batch_equals_its_rows():
 
 
 @settings(max_examples=60, deadline=None)
-@given(st.text("ab", max_size=15), st.floats(0, 0.999), st.floats(0, 0.999))
-def test_training_windows_are_content_one_eos_and_fill(text, first, second):
+@given(st.text("ab", max_size=15), st.floats(0, 0.999))
+def test_training_windows_are_content_one_eos_and_fill(text, draw):
     processor = toy_processor()
-    row = TrainingRow("caption", (CODES[0][0],), None, text, (first, second))
+    row = TrainingRow("caption", (CODES[0][0],), None, text, draw)
     canvas = processor.training_canvas([row])
     ids = canvas.input_ids[0, canvas.window_slice(processor.answer_window)].tolist()
     eos, fill = (processor.vocabulary.special_id(name) for name in ("eos", "fill"))
     assert len(text) + 1 <= len(ids) <= 16
     assert ids[len(text)] == eos
     assert set(ids[len(text) + 1 :]) <= {fill}
-    assert (len(ids) > len(text) + 1) == (first >= 0.3 and len(text) + 1 < 16)
     assert processor.decode_text(canvas) == [text]
+
+
+def test_the_length_of_a_training_window_says_little_about_the_text():
+    """P(window 12 | text) changes with the text as 1 / log(17 / shortest window), nothing more."""
+    processor = toy_processor()
+    draws = (torch.arange(1000) + 0.5) / 1000
+
+    def share_of_12(text):
+        rows = [TrainingRow("caption", (CODES[0][0],), None, text, float(u)) for u in draws]
+        canvas = processor.training_canvas(rows)
+        part = canvas.window_slice(processor.answer_window)
+        return float(((~canvas.is_padding[:, part]).sum(dim=1) == 12).float().mean())
+
+    for length in (0, 3, 9):
+        expected = math.log(13 / 12) / math.log(17 / (length + 1))
+        assert share_of_12("a" * length) == pytest.approx(expected, abs=2e-3)
 
 
 def test_conditions_carry_no_fill():
     processor = toy_processor()
-    row = TrainingRow("text_to_image", (CODES[0][0],), None, "ab", (0.9, 0.9))
+    row = TrainingRow("text_to_image", (CODES[0][0],), None, "ab", 0.9)
     canvas = processor.training_canvas([row])
     assert canvas.input_ids[0, canvas.window_slice(3)].tolist() == [99, 100, 0]
 

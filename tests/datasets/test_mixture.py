@@ -11,7 +11,7 @@ import yaml
 from torch.utils.data import DataLoader
 
 from multimodal_dlm.datasets import Manifest, MixtureReader, TrainingExample, open_manifest
-from multimodal_dlm.datasets.balance import AnswerBalance
+from multimodal_dlm.datasets.asking import QuestionWeights
 from multimodal_dlm.datasets.ordering import QuotaOrder, SourceOrder
 from multimodal_dlm.datasets.sampling import KeyedDraws, hash_fraction, pick
 from multimodal_dlm.datasets.schema import QuestionAnswer, Record
@@ -103,7 +103,7 @@ def test_sources_tasks_and_texts_keep_their_shares(manifest: Manifest) -> None:
             assert row.instruction is None
             assert row.text == row.record.captions[1]  # Its weights are 0 and 1.
         assert row.key == row.record.key == f"{row.source}-{row.index:03d}"
-        assert all(0 <= u < 1 for u in (*row.window_draws, row.mask_draw))
+        assert all(0 <= u < 1 for u in (row.window_draw, row.mask_draw))
     # Three passes end with a block of slots, so every sample has come exactly three times.
     passes = [row.index for row in rows if row.source == "shapes"][: 3 * SIZES["shapes"]]
     assert Counter(passes) == dict.fromkeys(range(SIZES["shapes"]), 3)
@@ -199,16 +199,16 @@ def test_every_answer_to_a_question_is_asked_about_as_often() -> None:
         )
         for number, answer in enumerate(answers)
     ]  # fmt: skip
-    balance = AnswerBalance(records)
+    asking = QuestionWeights(records, balance_answers=True)
     total: Counter[str] = Counter()
     for record in records:
-        weights = balance.weights(record.qa)
+        weights = asking.weights(record)
         assert weights[1] == 1.0
         total[record.qa[0].answer] += weights[0]
     assert total["yes"] == pytest.approx(total["no"])
 
 
-def test_a_member_of_a_mixture_may_ask_for_balanced_answers(tmp_path: Path) -> None:
+def test_a_member_of_a_mixture_may_weigh_its_questions(tmp_path: Path) -> None:
     toy_mixture(tmp_path)
     members = [{"manifest": "shapes.yaml", "balance_answers": True, "tasks": {"vqa": 1}}]
     path = tmp_path / "balanced.yaml"
@@ -225,6 +225,22 @@ def test_a_member_of_a_mixture_may_ask_for_balanced_answers(tmp_path: Path) -> N
     path.write_text(yaml.safe_dump({"name": "balanced", "mixture": members}))
     evenly = open_manifest(path)
     assert evenly.fingerprint != manifest.fingerprint
+    members[0]["question_weights"] = {"number": 0, "is": 3}
+    path.write_text(yaml.safe_dump({"name": "balanced", "mixture": members}))
+    weighed = MixtureReader(open_manifest(path), batch_size=BATCH)
+    assert {e.instruction for batch in batches(weighed, 20) for e in batch} == {"is it?"}
+    members[0]["question_weights"] = {"is": 0, "number": 0}
+    path.write_text(yaml.safe_dump({"name": "balanced", "mixture": members}))
+    with pytest.raises(DataError, match="must have a question of a type with a weight above 0"):
+        MixtureReader(open_manifest(path), batch_size=BATCH).batch(0)
+    members[0]["question_weights"] = {"numbers": 2}
+    path.write_text(yaml.safe_dump({"name": "balanced", "mixture": members}))
+    with pytest.raises(DataError, match="question type `numbers`.*`number`"):
+        MixtureReader(open_manifest(path), batch_size=BATCH)
+    members[0]["question_weights"] = {"number": 0.5}
+    path.write_text(yaml.safe_dump({"name": "balanced", "mixture": members}))
+    with pytest.raises(DataError, match="`question_weights.number` must be an integer"):
+        open_manifest(path)
     members[0]["balance_answers"] = "sometimes"
     path.write_text(yaml.safe_dump({"name": "balanced", "mixture": members}))
     with pytest.raises(DataError, match="`balance_answers` must be true or false; got 'sometimes'"):

@@ -41,7 +41,7 @@ def rows_of(tasks=TASKS, seed: int = 0) -> list[TrainingRow]:
                 codes=None if task == "text" else (codes,),
                 instruction="what?" if task in ("vqa", "text") else None,
                 text=TEXTS[index % len(TEXTS)],
-                window_draws=(0.9, 0.5),
+                window_draw=0.5,
             )
         )
     return rows

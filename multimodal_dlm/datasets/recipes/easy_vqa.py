@@ -30,7 +30,7 @@ class EasyVqaRecipe(Recipe):
     """The packaged pictures and questions; the official test split, and 5 % of train as val."""
 
     name = "easy_vqa"
-    version = 2
+    version = 3
     packages = (
         SourcePackage(
             "easy-vqa", "1.0", "pypi", "MIT", "Victor Zhou, https://github.com/vzhou842/easy-VQA"
@@ -71,7 +71,9 @@ class EasyVqaRecipe(Recipe):
         ):
             by_picture: dict[int, list[QuestionAnswer]] = defaultdict(list)
             for question, answer, number in zip(*rows, strict=True):
-                by_picture[number].append(QuestionAnswer(question, answer, question_type(answer)))
+                by_picture[number].append(
+                    QuestionAnswer(question, answer, question_type(question, answer))
+                )
             found[split] = by_picture
         return found
 
@@ -105,11 +107,18 @@ class EasyVqaRecipe(Recipe):
             yield Sample(record, data)
 
 
-def question_type(answer: str) -> str:
-    """`shape`, `color` or `yes_no`, by the answer."""
+def question_type(question: str, answer: str) -> str:
+    """`shape`, `color`, `yes_no`, or `negated` for "is there not ...?"."""
     if answer in SHAPES:
         return "shape"
-    return "color" if answer in COLOURS else "yes_no"
+    if answer in COLOURS:
+        return "color"
+    return "negated" if is_negated(question) else "yes_no"
+
+
+def is_negated(question: str) -> bool:
+    """Whether a yes/no question asks for what is absent."""
+    return bool(_NEGATIONS & set(question.split()))
 
 
 def deduce(questions: list[QuestionAnswer], words: tuple[str, ...]) -> str | None:
@@ -124,8 +133,7 @@ def deduce(questions: list[QuestionAnswer], words: tuple[str, ...]) -> str | Non
             if named:
                 return named[0]
             continue
-        is_negated = bool(_NEGATIONS & set(asked.question.split()))
-        if len(named) == 1 and (asked.answer == "yes") != is_negated:
+        if len(named) == 1 and (asked.answer == "yes") != is_negated(asked.question):
             return named[0]
         left -= set(named)
     return left.pop() if len(left) == 1 else None
