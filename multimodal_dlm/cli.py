@@ -52,7 +52,7 @@ COMMANDS = {
     "train": Command("train", "train a model or a tokenizer from a config file"),
     "data build": Command("data", "build the shards and the manifest of a dataset"),
     "data inspect": Command("data", "show counts, licences and examples of a manifest"),
-    "evaluate": Command("evaluate", "measure captions and answers on held-out samples"),
+    "evaluate": Command("evaluate", "measure a pipeline on held-out data and write a report"),
     "study step-plan": Command("study", "measure what a window is worth drawing in how many steps"),
     "demo": Command("demo", "show every task on the released pipeline"),
     "card": Command("card", "write the model card of a saved pipeline"),

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -336,21 +337,31 @@ def test_demo_on_a_tiny_pipeline(capsys, tiny, tmp_path):
 
 
 def test_evaluate_on_a_tiny_pipeline(capsys, tiny, tmp_path):
-    output = tmp_path / "report.json"
-    given = ["--source", "squares", "--pipeline", str(tiny / "pipeline")]
-    manifest = str(tiny / "squares.yaml")
-    values = succeed(capsys, "evaluate", manifest, *given, "--output", str(output))
-    assert values["model"]["count"] == 6
-    assert values == json.loads(output.read_text())
-    assert "Did you mean `squares`?" in fail(capsys, "evaluate", manifest, "--source", "square")
-    for task, name in (
-        ("lengths", "same_at_all"),
-        ("likelihood", "auc"),
-        ("reconstruction", "psnr_db"),
-    ):
-        assert name in succeed(capsys, "evaluate", manifest, *given, "--task", task, "--limit", "2")
-    wrong = fail(capsys, "evaluate", manifest, *given, "--task", "answer")
-    assert "Did you mean `answers`?" in wrong
+    folder, manifest = str(tiny / "pipeline"), ["--manifest", str(tiny / "squares.yaml")]
+    given = [folder, *manifest, "--suite", "data", "--output", str(tmp_path)]
+    values = succeed(capsys, "evaluate", *given, "--only", '["vqa", "tokenizer"]')
+    assert values["metrics"]["vqa.squares.accuracy"]["n"] == 6
+    assert "tokenizer.squares.psnr" in values["metrics"]
+    assert values == json.loads((tmp_path / "report.json").read_text())
+    assert "<svg" in (tmp_path / "report.html").read_text()
+    wrong = fail(capsys, "evaluate", *given, "--only", '["vqa.square"]')
+    assert "Did you mean `vqa.squares`?" in wrong
+    wrong = fail(capsys, "evaluate", folder, *manifest, "--suite", "quik")
+    assert "Did you mean `quick`?" in wrong
+    wrong = fail(capsys, "evaluate", folder, *manifest, "--suite", "quick")
+    assert "source of `vqa.easy_vqa`" in wrong
+
+
+def test_a_card_takes_its_metrics_from_a_report(capsys, tiny, tmp_path):
+    folder = tmp_path / "pipeline"
+    shutil.copytree(tiny / "pipeline", folder)
+    metric = {"value": 0.5, "low": 0.25, "high": 0.75, "n": 1234, "baselines": {"blind": 0.4}}
+    (tmp_path / "report.json").write_text(json.dumps({"metrics": {"vqa.accuracy": metric}}))
+    succeed(capsys, "card", str(folder), "--report", str(tmp_path / "report.json"))
+    row = "| vqa.accuracy | 0.5 | 0.25 to 0.75 | 1,234 | blind 0.4 |"
+    assert row in (folder / "README.md").read_text()
+    succeed(capsys, "card", str(folder))
+    assert row in (folder / "README.md").read_text()
 
 
 def test_step_plan_of_a_tiny_pipeline(capsys, tiny, tmp_path):

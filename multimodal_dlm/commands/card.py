@@ -1,5 +1,6 @@
 """The command that writes a model card."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -19,11 +20,14 @@ def add_options(parser: "ArgumentParser", name: str) -> None:
     parser.add_function_arguments(run_card, skip={"pipeline"}, as_group=False)
 
 
-def run_card(pipeline: str = RELEASED_PIPELINE, *, output: str | None = None) -> Report:
+def run_card(
+    pipeline: str = RELEASED_PIPELINE, *, report: str | None = None, output: str | None = None
+) -> Report:
     """Write the model card of a saved pipeline.
 
     Args:
         pipeline: Folder of the pipeline.
+        report: report.json of an evaluation, whose metrics go into the card; null keeps those there
         output: file; null writes README.md into the folder
     """
     if not Path(pipeline).is_dir():
@@ -31,10 +35,15 @@ def run_card(pipeline: str = RELEASED_PIPELINE, *, output: str | None = None) ->
             f"`pipeline` must be a folder on this machine; there is no folder `{pipeline}`."
         )
     from multimodal_dlm.pipelines import load_pipeline
-    from multimodal_dlm.pipelines.manifest import hash_files
-    from multimodal_dlm.pipelines.model_card import render_card
+    from multimodal_dlm.pipelines.manifest import hash_files, write_manifest
+    from multimodal_dlm.pipelines.model_card import read_report, render_card
 
-    card = render_card(load_pipeline(pipeline), hash_files(pipeline))
+    loaded = load_pipeline(pipeline)
+    if report is not None:
+        loaded.card = replace(loaded.card, metrics=read_report(report))
+        loaded.card.save(pipeline)
+        write_manifest(pipeline)
+    card = render_card(loaded, hash_files(pipeline))
     path = Path(pipeline) / "README.md" if output is None else Path(output)
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(card, encoding="utf-8")

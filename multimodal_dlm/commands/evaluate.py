@@ -1,96 +1,77 @@
-"""The command that measures captions, answers, text lengths, likelihood and reconstruction."""
+"""The command that measures a pipeline on held-out data and writes a report."""
 
-import importlib
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import TYPE_CHECKING
 
-from multimodal_dlm.commands.loading import (
-    RELEASED_PIPELINE,
-    load,
-    open_source,
-    require_folder,
-    write_json,
-)
+from multimodal_dlm.commands.loading import RELEASED_PIPELINE, load, require_folder
 from multimodal_dlm.commands.reporting import Report, say
-from multimodal_dlm.errors import unknown_name
 
 if TYPE_CHECKING:
     from jsonargparse import ArgumentParser
 
-# Task -> module of `multimodal_dlm.evaluation` that has `evaluate_<task>`.
-TASKS = {
-    "answers": "understanding",
-    "captions": "understanding",
-    "lengths": "understanding",
-    "likelihood": "likelihood",
-    "reconstruction": "reconstruction",
-}
+SAMPLE_DATA = "datasets/sample.yaml"
 
 
 def add_options(parser: "ArgumentParser", name: str) -> None:
     """Add the options of the command."""
-    parser.add_argument("manifest", type=str, help="YAML file")
-    parser.add_function_arguments(run_evaluate, skip={"manifest"}, as_group=False)
+    parser.add_argument(
+        "pipeline", nargs="?", type=str, default=RELEASED_PIPELINE,
+        help="folder of a saved pipeline, or `owner/name` on the Hub",
+    )  # fmt: skip
+    parser.add_function_arguments(run_evaluate, skip={"pipeline"}, as_group=False)
 
 
 def run_evaluate(
-    manifest: str,
-    *,
-    source: str,
-    split: str = "test",
-    task: str = "answers",
     pipeline: str = RELEASED_PIPELINE,
+    *,
+    suite: str = "quick",
+    manifest: str = SAMPLE_DATA,
     data_root: str | None = None,
+    output: str = "out/evaluation",
+    only: list[str] | None = None,
     limit: int | None = None,
+    seed: int = 0,
     batch_size: int = 64,
-    output: str | None = None,
     device: str = "auto",
 ) -> Report:
-    """Measure captions, answers, lengths, likelihood or the image tokenizer on held-out samples.
+    """Measure a pipeline on held-out data; writes report.json and report.html.
 
     Args:
-        manifest: YAML file.
-        source: dataset of the manifest
-        split: held-out split
-        task: answers (exact match beside the blind baseline), captions (exact name beside the
-            nearest training picture), lengths (captions that do not depend on gen_length),
-            likelihood (NELBO of texts and pictures, AUC of matched pairs) or reconstruction
-            (PSNR and code usage of the image tokenizer)
         pipeline: folder of a saved pipeline, or `owner/name` on the Hub
+        suite: default, quick, a YAML file, or data (whatever the datasets of the manifest allow)
+        manifest: YAML file of a dataset or a mixture; the committed sample is too small to judge by
         data_root: folder that holds the datasets' folders; null for the manifest's own folder
-        limit: questions or pictures at most; null for all
-        batch_size: questions or pictures at once
-        output: JSON file for the result; null writes none
+        output: folder of the report; measurements found there are not taken again
+        only: names, or beginnings of names, of the measurements to take; null for all
+        limit: samples of each measurement at most, with `--suite data`
+        seed: of every draw
+        batch_size: rows at once
         device: auto, cpu, cuda, cuda:1, mps
     """
-    if task not in TASKS:
-        raise unknown_name("task", task, TASKS)
-    held_out = open_source(manifest, data_root, source)
+    from multimodal_dlm.datasets.manifest import open_manifest
+    from multimodal_dlm.evaluation.suites import open_suite, suite_of_data
+
+    data = open_manifest(manifest, data_root)
+    chosen = suite_of_data(data, limit) if suite == "data" else open_suite(suite)
+    chosen = chosen.only(only)
     require_folder(pipeline)
     loaded = load("UnifiedImageToTextPipeline", pipeline, device)
-    say(f"measuring {task} of {source}, split {split}")
-    module = importlib.import_module(f"multimodal_dlm.evaluation.{TASKS[task]}")
-    measure = getattr(module, f"evaluate_{task}")
-    result = measure(loaded, held_out, split=split, limit=limit, batch_size=batch_size)
-    values = {"task": task, "source": source, "split": split, "pipeline": pipeline, **result}
-    write_json(output, values)
-    return Report(values, _table(values))
+    from multimodal_dlm.evaluation.harness import HTML_FILE, run_suite
+    from multimodal_dlm.evaluation.html_report import metric_lines
 
-
-def _table(values: dict[str, Any]) -> str:
-    lines = [f"{values['task']} of {values['source']}, split {values['split']}"]
-    for name, row in values.items():
-        if isinstance(row, dict) and "nats" in row:
-            lines.append(
-                f"  {name:<26}{row['nats']:8.3f} nats a row, {row['low']:.3f} to {row['high']:.3f}"
-            )
-        elif isinstance(row, dict):
-            lines.append(
-                f"  {name:<26}{100 * row['accuracy']:6.2f} % ± {100 * row['standard_error']:.2f}"
-                f"  of {row['count']:,}"
-            )
-            lines += [
-                f"    {kind:<24}{100 * share:6.2f} %" for kind, share in row["by_type"].items()
-            ]
-        elif not isinstance(row, str) and name != "seconds":
-            lines.append(f"  {name:<26}{row}")
-    return "\n".join([*lines, f"{values['seconds']} s"])
+    folder = Path(pipeline).expanduser()
+    report = run_suite(
+        loaded,
+        data,
+        chosen,
+        output,
+        folder=folder if folder.is_dir() else None,
+        seed=seed,
+        batch_size=batch_size,
+        progress=say,
+    )
+    seconds = sum(report["times"].values())
+    lines = [f"{pipeline}, suite {chosen.name}, data {data.name}"]
+    lines += metric_lines(report["metrics"])
+    lines.append(f"{seconds:.0f} s; {Path(output) / HTML_FILE}")
+    return Report(report, "\n".join(lines))

@@ -7,14 +7,12 @@ from multimodal_dlm.evaluation.baselines import (
 )
 from multimodal_dlm.evaluation.sheets import contact_sheet, grid_sheet
 from multimodal_dlm.evaluation.text_metrics import (
-    Accuracy,
     exact_match,
     name_of_caption,
     normalise_text,
 )
 
 __all__ = [
-    "Accuracy",
     "BlindAnswers",
     "NearestPictures",
     "contact_sheet",

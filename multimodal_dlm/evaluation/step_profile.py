@@ -16,7 +16,7 @@ from multimodal_dlm.datasets.schema import Sample
 from multimodal_dlm.diffusion.mask_schedules import get_mask_schedule
 from multimodal_dlm.diffusion.masking import exact_count_mask
 from multimodal_dlm.errors import ConfigError, DataError, unknown_name
-from multimodal_dlm.evaluation.likelihood import encode_images
+from multimodal_dlm.evaluation.encoding import encode_images
 from multimodal_dlm.pipelines.scoring import masked_nll
 from multimodal_dlm.schedulers.step_plan import interpolate_profile, parallel_error, plan_steps
 

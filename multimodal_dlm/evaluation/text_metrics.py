@@ -1,9 +1,8 @@
 """Exact-match measures of captions and answers."""
 
-import math
 import re
-from collections.abc import Iterable
-from dataclasses import dataclass, field
+
+from multimodal_dlm.datasets.schema import Sample
 
 _ARTICLE = re.compile(r"^(?:an?|the) ")
 _TEMPLATES = (
@@ -39,51 +38,7 @@ def name_of_caption(caption: str) -> str:
     return _ARTICLE.sub("", text).rstrip(". ")
 
 
-@dataclass
-class Accuracy:
-    """Counts of right answers by kind.
-
-    Args:
-        right: Right answers of each kind.
-        total: Answers of each kind.
-    """
-
-    right: dict[str, int] = field(default_factory=dict)
-    total: dict[str, int] = field(default_factory=dict)
-
-    def add(self, kind: str, is_right: bool) -> None:
-        """Count one answer."""
-        self.right[kind] = self.right.get(kind, 0) + int(is_right)
-        self.total[kind] = self.total.get(kind, 0) + 1
-
-    def extend(self, rows: Iterable[tuple[str, bool]]) -> "Accuracy":
-        """Count several answers and return the same object."""
-        for kind, is_right in rows:
-            self.add(kind, is_right)
-        return self
-
-    @property
-    def count(self) -> int:
-        """All answers."""
-        return sum(self.total.values())
-
-    @property
-    def overall(self) -> float:
-        """Share of right answers, in [0, 1]; NaN when there is none."""
-        return sum(self.right.values()) / self.count if self.count else math.nan
-
-    @property
-    def standard_error(self) -> float:
-        """Binomial standard error of `overall`."""
-        return math.sqrt(self.overall * (1 - self.overall) / self.count) if self.count else math.nan
-
-    def to_dict(self) -> dict[str, float | int | dict[str, float]]:
-        """JSON values: overall, by kind and counts."""
-        return {
-            "accuracy": round(self.overall, 4),
-            "standard_error": round(self.standard_error, 4),
-            "count": self.count,
-            "by_type": {
-                kind: round(self.right[kind] / self.total[kind], 4) for kind in sorted(self.total)
-            },
-        }
+def name_of_sample(sample: Sample) -> str:
+    """The true name: the concept in the record's meta, else the name in its first caption."""
+    concept = sample.record.meta.get("concept")
+    return name_of_caption(concept if isinstance(concept, str) else sample.record.captions[0])

@@ -285,7 +285,23 @@ def _sampler(pipeline: Any) -> str:
 def _metrics(metrics: Mapping[str, Any]) -> str:
     if not metrics:
         return f"Quality, speed and likelihood: {NOT_MEASURED}."
-    return _table(("metric", "value"), _flatten(metrics))
+    measured = {n: m for n, m in metrics.items() if isinstance(m, Mapping) and "baselines" in m}
+    others = _flatten({name: value for name, value in metrics.items() if name not in measured})
+    tables = [_table(("metric", "value"), others)] if others else []
+    if measured:
+        rows = [(name, *_measured(metric)) for name, metric in measured.items()]
+        head = ("metric", "value", "95 % interval", "n", "baselines")
+        tables.append(_table(head, rows))
+    return "\n\n".join(tables)
+
+
+def _measured(metric: Mapping[str, Any]) -> tuple[str, ...]:
+    """Value, interval, rows and baselines of a metric of `report.json`."""
+    interval = ""
+    if metric["low"] is not None:
+        interval = f"{metric['low']:.4g} to {metric['high']:.4g}"
+    baselines = ", ".join(f"{name} {value:.4g}" for name, value in metric["baselines"].items())
+    return f"{metric['value']:.4g}", interval, f"{metric['n']:,}", baselines
 
 
 def _flatten(metrics: Mapping[str, Any], prefix: str = "") -> list[tuple[str, str]]:

@@ -5,9 +5,9 @@ import torch
 
 from multimodal_dlm.datasets import open_manifest
 from multimodal_dlm.errors import DataError
-from multimodal_dlm.evaluation.reconstruction import (
-    evaluate_reconstruction,
+from multimodal_dlm.evaluation.measures.reconstruction import (
     foreground,
+    measure_reconstruction,
     peak_signal_to_noise,
 )
 from tests.evaluation.toy import IMAGE_SIZE, write_squares
@@ -49,11 +49,12 @@ class Rounding:
 def test_a_known_tokenizer_is_measured(tmp_path):
     source = open_manifest(write_squares(tmp_path)).sources["squares"]
     pipe = SimpleNamespace(image_tokenizer=Rounding())
-    result = evaluate_reconstruction(pipe, source, split="test", batch_size=2)
-    assert result["pictures"] == 3
-    assert result["codes_used"] == [round(1 / 3, 4)]
-    assert result["perplexity"] == [1.0]
-    assert 10 < result["psnr_db"] < 20
-    assert result["foreground_psnr_db"] < result["psnr_db"]
+    found = measure_reconstruction(pipe, source, split="test", batch_size=2).metrics
+    assert (found["psnr"].n, found["codes_used.0"].n) == (3, 3)
+    assert found["codes_used.0"].value == pytest.approx(1 / 3)
+    assert found["perplexity.0"].value == pytest.approx(1.0)
+    # A gray of its own for each picture is no better than its mean color.
+    assert 10 < found["psnr"].value < found["psnr"].baselines["flat"] < 20
+    assert found["foreground_psnr"].value < found["psnr"].value
     with pytest.raises(DataError, match="split `val`"):
-        evaluate_reconstruction(pipe, source, split="val")
+        measure_reconstruction(pipe, source, split="val")

@@ -1,10 +1,8 @@
 """Exact match and the name inside a caption."""
 
-import math
-
 import pytest
 
-from multimodal_dlm.evaluation.text_metrics import Accuracy, exact_match, name_of_caption
+from multimodal_dlm.evaluation.text_metrics import exact_match, name_of_caption
 
 
 @pytest.mark.parametrize(
@@ -33,16 +31,3 @@ def test_exact_match_ignores_case_blanks_and_the_full_stop():
     assert exact_match("Yes.", "yes")
     assert exact_match(" red  apple", "red apple")
     assert not exact_match("red apples", "red apple")
-
-
-def test_accuracy_counts_by_kind():
-    accuracy = Accuracy().extend([("a", True), ("a", False), ("b", True), ("b", True)])
-    values = accuracy.to_dict()
-    assert values["accuracy"] == 0.75
-    assert values["by_type"] == {"a": 0.5, "b": 1.0}
-    assert values["count"] == 4
-    assert values["standard_error"] == pytest.approx(math.sqrt(0.75 * 0.25 / 4), abs=1e-4)
-
-
-def test_no_answer_has_no_accuracy():
-    assert math.isnan(Accuracy().overall)

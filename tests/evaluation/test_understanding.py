@@ -6,11 +6,9 @@ import numpy as np
 import pytest
 
 from multimodal_dlm.errors import DataError
-from multimodal_dlm.evaluation.understanding import (
-    evaluate_answers,
-    evaluate_captions,
-    evaluate_lengths,
-)
+from multimodal_dlm.evaluation.measures.answers import confusion, measure_answers
+from multimodal_dlm.evaluation.measures.captions import measure_captions
+from multimodal_dlm.evaluation.measures.lengths import measure_lengths
 from multimodal_dlm.pipelines import UnifiedImageToTextPipeline
 from tests.evaluation.toy import COLORS
 from tests.pipelines.tiny import tiny_components
@@ -35,36 +33,52 @@ class Oracle:
 
 def test_answers_of_a_known_reader(source):
     oracle = Oracle()
-    result = evaluate_answers(oracle, source, split="test", batch_size=4)
+    found = measure_answers(oracle, source, split="test", batch_size=4)
     assert oracle.batches == [4, 2]
-    assert result["model"]["by_type"] == {"color": 1.0, "yes_no": 0.0}
-    assert result["model"]["accuracy"] == 0.5
+    metrics = found.metrics
+    assert metrics["accuracy.color"].value == 1.0
+    assert metrics["accuracy.yes_no"].value == 0.0
+    assert (metrics["accuracy"].value, metrics["accuracy"].n) == (0.5, 6)
     # Blind: every "is it a square?" is yes; of three balanced colors it always says blue.
-    assert result["blind"]["by_type"] == {"color": round(1 / 3, 4), "yes_no": 1.0}
+    assert metrics["accuracy.color"].baselines["blind"] == pytest.approx(1 / 3)
+    assert metrics["accuracy.yes_no"].baselines["blind"] == 1.0
+    assert metrics["accuracy.color"].baselines["majority"] == 0.0
+    # Every picture has one right and one wrong answer: drawing pictures changes nothing.
+    assert (metrics["accuracy"].low, metrics["accuracy"].high) == (0.5, 0.5)
+    assert found.tables["answers of type yes_no"].columns == ["yes", "other"]
+    assert list(found.tables["answers of type color"].counts[0]) == [1, 0, 0]
+
+
+def test_confusion_counts_by_hand():
+    table = confusion(["a", "b", "b", "a"], ["a", "a", "b", "what?"])
+    assert table.rows == ["a", "b"]
+    assert table.columns == ["a", "b", "other"]
+    assert table.counts == [[1, 0, 1], [1, 1, 0]]
+    assert confusion([str(n) for n in range(13)], ["0"] * 13) is None
 
 
 def test_captions_of_a_known_reader_and_its_neighbors(source):
-    result = evaluate_captions(Oracle(), source, split="test")
-    assert result["model"]["accuracy"] == 1.0
-    assert result["nearest_neighbour_pixels"]["accuracy"] == 1.0
-    assert result["model"]["count"] == 3
+    exact = measure_captions(Oracle(), source, split="test").metrics["exact"]
+    assert (exact.value, exact.n) == (1.0, 3)
+    assert exact.baselines["nearest_neighbour"] == 1.0
+    assert exact.baselines["majority"] == pytest.approx(1 / 3)
 
 
 def test_limit(source):
-    assert evaluate_answers(Oracle(), source, split="test", limit=2)["model"]["count"] == 2
-    assert evaluate_captions(Oracle(), source, split="test", limit=1)["model"]["count"] == 1
+    assert measure_answers(Oracle(), source, split="test", limit=2).metrics["accuracy"].n == 2
+    assert measure_captions(Oracle(), source, split="test", limit=1).metrics["exact"].n == 1
 
 
 def test_unknown_split_is_a_data_error(source):
     with pytest.raises(DataError, match=r"split `val`.*`train`"):
-        evaluate_answers(Oracle(), source, split="val")
+        measure_answers(Oracle(), source, split="val")
 
 
 def test_a_real_pipeline_is_measured(source):
     pipe = UnifiedImageToTextPipeline(**tiny_components())
     pipe.set_progress_bar_config(disable=True)
-    result = evaluate_answers(pipe, source, split="test", limit=4, batch_size=2)
-    assert result["model"]["count"] == 4
+    result = measure_answers(pipe, source, split="test", limit=4, batch_size=2)
+    assert result.metrics["accuracy"].n == 4
 
 
 class Cutting:
@@ -80,12 +94,12 @@ class Cutting:
 
 
 def test_lengths_compare_captions_that_fit(source):
-    short = evaluate_lengths(Cutting("abc"), source, split="test", lengths=(4, 8))
-    assert short["same_as_longest"]["by_type"] == {"gen_length 4": 1.0, "gen_length 8": 1.0}
-    assert (short["same_at_all"]["accuracy"], short["same_at_all"]["count"]) == (1.0, 3)
-    long = evaluate_lengths(Cutting("abcdef"), source, split="test", lengths=(4, 24))
-    assert long["same_as_longest"]["by_type"] == {"gen_length 8": 1.0}
-    assert long["same_at_all"]["count"] == 0
+    short = measure_lengths(Cutting("abc"), source, split="test", lengths=(4, 8)).metrics
+    assert short["same_as_longest.4"].value == 1.0
+    assert (short["same_at_all"].value, short["same_at_all"].n) == (1.0, 3)
+    # Cut to 8 positions, and no caption fits in 4.
+    long = measure_lengths(Cutting("abcdef"), source, split="test", lengths=(4, 24)).metrics
+    assert long == {}
 
 
 def test_lengths_notice_a_caption_that_changes(source):
@@ -93,6 +107,6 @@ def test_lengths_notice_a_caption_that_changes(source):
         def __call__(self, images, gen_length):
             return SimpleNamespace(texts=[f"{gen_length}" for _ in images])
 
-    result = evaluate_lengths(Fickle(""), source, split="test", lengths=(4, 8))
-    assert result["same_as_longest"]["by_type"] == {"gen_length 4": 0.0, "gen_length 8": 1.0}
-    assert result["same_at_all"]["accuracy"] == 0.0
+    found = measure_lengths(Fickle(""), source, split="test", lengths=(4, 8)).metrics
+    assert found["same_as_longest.4"].value == 0.0
+    assert found["same_at_all"].value == 0.0

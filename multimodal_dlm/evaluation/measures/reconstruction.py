@@ -1,20 +1,25 @@
 """How well an image tokenizer gives pictures back, and how much of its codebook it uses."""
 
-import math
-import time
-from typing import Any
-
 import torch
 from jaxtyping import Float
+from PIL import Image
 from torch import Tensor
 
 from multimodal_dlm.datasets.manifest import Source
 from multimodal_dlm.datasets.reading import first_samples
+from multimodal_dlm.evaluation.measurement import (
+    Measurement,
+    Metric,
+    mean_metric,
+    register_measure,
+)
+from multimodal_dlm.evaluation.sheets import grid_sheet
 from multimodal_dlm.pipelines.pipeline_base import UnifiedPipeline
 from multimodal_dlm.pipelines.pixels import to_pixels
 from multimodal_dlm.tokenizers.quantizers import codebook_perplexity, codebook_usage
 
 BACKGROUND_TOLERANCE = 0.02
+NUM_SHOWN = 12
 
 
 def peak_signal_to_noise(
@@ -41,16 +46,20 @@ def foreground(pixels: Float[Tensor, "batch 3 height width"]) -> Tensor:
     return (difference > BACKGROUND_TOLERANCE).float()
 
 
+@register_measure("reconstruction", "UnifiedTextToImagePipeline")
 @torch.no_grad()
-def evaluate_reconstruction(
+def measure_reconstruction(
     pipeline: UnifiedPipeline,
     source: Source,
     *,
     split: str,
     limit: int | None = None,
     batch_size: int = 64,
-) -> dict[str, Any]:
-    """PSNR, foreground PSNR, codes used and their perplexity on the pictures of a split.
+    seed: int = 0,
+) -> Measurement:
+    """PSNR and foreground PSNR in decibels, codes used and their perplexity, by level.
+
+    The baseline `flat` is the picture's mean colour.
 
     Args:
         pipeline: Gives the image tokenizer.
@@ -58,33 +67,47 @@ def evaluate_reconstruction(
         split: Split to measure.
         limit: Pictures at most.
         batch_size: Pictures at once.
+        seed: Of the bootstrap.
 
     Raises:
         DataError: When the split has no picture.
     """
     tokenizer = pipeline.image_tokenizer
     images = [sample.image for sample in first_samples(source, split, limit)]
-    start = time.perf_counter()
-    whole, front, codes = [], [], []
+    rows: dict[str, list[float]] = {"psnr": [], "foreground": [], "flat": [], "flat_front": []}
+    codes, shown = [], []
     for first in range(0, len(images), batch_size):
         pixels = to_pixels(images[first : first + batch_size], tokenizer.config["image_size"])
         found = tokenizer.encode(pixels)
         back = tokenizer.decode(found)
-        whole.append(peak_signal_to_noise(pixels, back))
-        front.append(peak_signal_to_noise(pixels, back, foreground(pixels)))
+        flat = pixels.mean(dim=(2, 3), keepdim=True).expand_as(pixels)
+        front = foreground(pixels)
+        rows["psnr"] += peak_signal_to_noise(pixels, back).tolist()
+        rows["foreground"] += peak_signal_to_noise(pixels, back, front).tolist()
+        rows["flat"] += peak_signal_to_noise(pixels, flat).tolist()
+        rows["flat_front"] += peak_signal_to_noise(pixels, flat, front).tolist()
         codes.append(found)
-    psnr, inner = torch.cat(whole), torch.cat(front)
-    levels = [torch.cat(level) for level in zip(*codes, strict=True)]
-    sizes = tokenizer.codebook_sizes
-    return {
-        "pictures": len(images),
-        "psnr_db": round(float(psnr.mean()), 3),
-        "psnr_standard_error": round(float(psnr.std(correction=0)) / math.sqrt(len(psnr)), 3),
-        "psnr_median_db": round(float(psnr.median()), 3),
-        "foreground_psnr_db": round(float(inner.mean()), 3),
-        "codes_used": [round(codebook_usage(c, s), 4) for c, s in zip(levels, sizes, strict=True)],
-        "perplexity": [
-            round(codebook_perplexity(c, s), 1) for c, s in zip(levels, sizes, strict=True)
-        ],
-        "seconds": round(time.perf_counter() - start, 1),
+        if first == 0:
+            shown = list(zip(pixels[:NUM_SHOWN], back[:NUM_SHOWN], strict=True))
+    metrics = {
+        "psnr": mean_metric(rows["psnr"], baselines={"flat": rows["flat"]}, seed=seed),
+        "foreground_psnr": mean_metric(
+            rows["foreground"], baselines={"flat": rows["flat_front"]}, seed=seed
+        ),
     }
+    levels = [torch.cat(level) for level in zip(*codes, strict=True)]
+    for number, (level, size) in enumerate(zip(levels, tokenizer.codebook_sizes, strict=True)):
+        for name, measured in (
+            ("codes_used", codebook_usage(level, size)),
+            ("perplexity", codebook_perplexity(level, size)),
+        ):
+            metrics[f"{name}.{number}"] = Metric(float(measured), None, None, level.numel())
+    pairs = [[(_picture(given), "given"), (_picture(back), "decoded")] for given, back in shown]
+    half = -(-len(pairs) // 2)
+    sheet = grid_sheet([sum(pairs[:half], []), sum(pairs[half:], [])], cell=96)
+    return Measurement(metrics, {"given and decoded": sheet})
+
+
+def _picture(pixels: Float[Tensor, "3 height width"]) -> Image.Image:
+    array = (pixels.clamp(0, 1) * 255).round().byte().permute(1, 2, 0).cpu().numpy()
+    return Image.fromarray(array)

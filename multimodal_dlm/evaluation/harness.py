@@ -1,0 +1,165 @@
+"""Runs a suite on a pipeline: resumable, the same numbers every time, one report."""
+
+import hashlib
+import importlib
+import inspect
+import json
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from multimodal_dlm import __version__
+from multimodal_dlm.datasets.manifest import Manifest
+from multimodal_dlm.environment import environment
+from multimodal_dlm.errors import unknown_name
+from multimodal_dlm.evaluation.html_report import write_html
+from multimodal_dlm.evaluation.measurement import Measure, get_measure
+from multimodal_dlm.evaluation.suites import Suite, SuiteEntry
+from multimodal_dlm.pipelines.manifest import hash_files
+from multimodal_dlm.pipelines.model_card import CARD_NAME
+from multimodal_dlm.pipelines.pipeline_base import UnifiedPipeline
+
+FORMAT = "multimodal_dlm.report/1"
+REPORT_FILE = "report.json"
+HTML_FILE = "report.html"
+
+
+def run_suite(
+    pipeline: UnifiedPipeline,
+    manifest: Manifest,
+    suite: Suite,
+    output_dir: str | Path,
+    *,
+    folder: str | Path | None = None,
+    seed: int = 0,
+    batch_size: int = 64,
+    progress: Callable[[str], None] = lambda text: None,
+) -> dict[str, Any]:
+    """Measure, and write `report.json`, `report.html` and one part for each measurement.
+
+    A part that is there already, of the same pipeline, data, seed and arguments, is not measured
+    again: an interrupted run goes on where it stopped. But for `times` and `environment`, two runs
+    give the same report.
+
+    Args:
+        pipeline: Any pipeline of this package; each measure is handed the class that it wants.
+        manifest: Data.
+        suite: What to measure.
+        output_dir: Folder of the report.
+        folder: Folder the pipeline was loaded from: its files' hashes tell pipelines apart. None
+            measures everything again.
+        seed: Of every draw.
+        batch_size: Rows at once.
+        progress: Told what is measured, and how long it took.
+
+    Returns:
+        The content of `report.json`.
+
+    Raises:
+        ConfigError: When the suite names a source, split, measure or argument that is not there.
+    """
+    measures = [_check(entry, manifest) for entry in suite.entries]
+    output_dir = Path(output_dir)
+    (output_dir / "parts").mkdir(parents=True, exist_ok=True)
+    files = hash_files(folder) if folder is not None else {}
+    settings = {"suite": suite.name, "seed": seed, "batch_size": batch_size}
+    parts: dict[str, dict[str, Any]] = {}
+    times: dict[str, float] = {}
+    for number, (entry, measure) in enumerate(zip(suite.entries, measures, strict=True), start=1):
+        path = output_dir / "parts" / f"{entry.name}.json"
+        key = _key(entry, manifest, files, seed, batch_size)
+        part = _read_part(path, key) if files else None
+        label = f"[{number}/{len(measures)}] {entry.name}"
+        if part is None:
+            progress(f"{label}: {entry.measure} of {entry.source}, split {entry.split}")
+            start = time.perf_counter()
+            part = _measure(pipeline, manifest, entry, measure, path, seed, batch_size)
+            part |= {"key": key, "seconds": round(time.perf_counter() - start, 1)}
+            path.write_text(json.dumps(part, indent=1) + "\n", encoding="utf-8")
+        else:
+            progress(f"{label}: measured already")
+        parts[entry.name] = part
+        times[entry.name] = part["seconds"]
+    report = {
+        "format": FORMAT,
+        "metrics": {
+            f"{name}.{metric}": values
+            for name, part in parts.items()
+            for metric, values in part["metrics"].items()
+        },
+        "settings": settings
+        | {"measurements": {e.name: _described(e) for e in suite.entries}}
+        | {"manifest": {"name": manifest.name, "fingerprint": manifest.fingerprint}},
+        "pipeline": {"name": Path(folder).name if folder else None, "files": files},
+        "version": __version__,
+        "environment": environment(),
+        "times": times,
+    }
+    text = json.dumps(report, indent=2, ensure_ascii=False)
+    (output_dir / REPORT_FILE).write_text(text + "\n", encoding="utf-8")
+    write_html(output_dir / HTML_FILE, report, parts)
+    return report
+
+
+def _check(entry: SuiteEntry, manifest: Manifest) -> Measure:
+    """The measure of an entry, once everything the entry names is known to be there."""
+    if entry.source not in manifest.sources:
+        raise unknown_name(f"source of `{entry.name}`", entry.source, manifest.sources)
+    source = manifest.sources[entry.source]
+    if not source.count(entry.split):
+        raise unknown_name(f"split of `{entry.name}`", entry.split, source.splits)
+    measure = get_measure(entry.measure)
+    known = [*inspect.signature(measure.function).parameters][2:]
+    for option in entry.options:
+        if option not in known:
+            raise unknown_name(f"option of measure `{entry.measure}`", option, known)
+    return measure
+
+
+def _measure(
+    pipeline: UnifiedPipeline,
+    manifest: Manifest,
+    entry: SuiteEntry,
+    measure: Measure,
+    path: Path,
+    seed: int,
+    batch_size: int,
+) -> dict[str, Any]:
+    """Measure one entry, save its sheets beside its part, and return the part."""
+    wanted = getattr(importlib.import_module("multimodal_dlm.pipelines"), measure.pipeline)
+    handed = pipeline if isinstance(pipeline, wanted) else wanted.from_pipe(pipeline)
+    handed.set_progress_bar_config(disable=True)
+    options = {"batch_size": batch_size, "seed": seed, **entry.options}
+    found = measure.function(handed, manifest.sources[entry.source], split=entry.split, **options)
+    sheets = {}
+    for place, (title, image) in enumerate(found.sheets.items()):
+        name = f"{entry.name}.{place}.png"
+        image.save(path.parent / name)
+        sheets[title] = name
+    return found.to_dict() | {"sheets": sheets}
+
+
+def _described(entry: SuiteEntry) -> dict[str, Any]:
+    named = {"measure": entry.measure, "source": entry.source, "split": entry.split}
+    return {**named, **entry.options}
+
+
+def _key(
+    entry: SuiteEntry, manifest: Manifest, files: dict[str, str], seed: int, batch_size: int
+) -> str:
+    """SHA-256 of everything a part depends on."""
+    weights = {name: digest for name, digest in files.items() if name != CARD_NAME}
+    values = [__version__, _described(entry), manifest.fingerprint, weights, seed, batch_size]
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
+
+
+def _read_part(path: Path, key: str) -> dict[str, Any] | None:
+    """A part with this key whose sheets are all there, else None."""
+    try:
+        part = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    if not isinstance(part, dict) or part.get("key") != key:
+        return None
+    return part if all((path.parent / name).is_file() for name in part["sheets"].values()) else None

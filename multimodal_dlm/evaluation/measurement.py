@@ -1,0 +1,177 @@
+"""What a measure gives: metrics with intervals and baselines, sheets, tables and curves."""
+
+import importlib
+import pkgutil
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from PIL import Image
+
+from multimodal_dlm.errors import unknown_name
+from multimodal_dlm.evaluation.bootstrap import bootstrap_interval
+
+DIGITS = 5
+
+
+@dataclass(frozen=True)
+class Metric:
+    """One number with what it must be read beside.
+
+    Args:
+        value: The number.
+        low: Lower end of its 95 % interval; None where there is none.
+        high: Upper end.
+        n: Rows it was taken over.
+        baselines: Name -> what costs nothing: chance, majority, blind, nearest neighbour.
+    """
+
+    value: float
+    low: float | None
+    high: float | None
+    n: int
+    baselines: Mapping[str, float] = field(default_factory=dict)
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON values, five digits after the point."""
+        return {
+            "value": _rounded(self.value),
+            "low": _rounded(self.low),
+            "high": _rounded(self.high),
+            "n": self.n,
+            "baselines": {name: _rounded(value) for name, value in self.baselines.items()},
+        }
+
+
+def mean_metric(
+    values: Sequence[float],
+    *,
+    groups: Sequence[int] | None = None,
+    baselines: Mapping[str, Sequence[float] | float] | None = None,
+    seed: int = 0,
+) -> Metric:
+    """A mean over rows with its bootstrap interval.
+
+    Args:
+        values: One number a row.
+        groups: Unit of each row, see `bootstrap_interval`.
+        baselines: The same rows by a baseline, or its number.
+        seed: Of the bootstrap.
+    """
+    rows = [float(value) for value in values]
+    low, high = bootstrap_interval(rows, groups=groups, seed=seed)
+    found = {}
+    for name, baseline in (baselines or {}).items():
+        is_number = isinstance(baseline, int | float)
+        found[name] = float(baseline) if is_number else sum(map(float, baseline)) / len(baseline)
+    return Metric(sum(rows) / len(rows), low, high, len(rows), found)
+
+
+@dataclass(frozen=True)
+class Table:
+    """Counts, drawn as a heat map.
+
+    Args:
+        rows: Names of the rows, such as true answers.
+        columns: Names of the columns, such as given answers.
+        counts: One list of counts a row.
+    """
+
+    rows: Sequence[str]
+    columns: Sequence[str]
+    counts: Sequence[Sequence[int]]
+
+
+@dataclass(frozen=True)
+class Curve:
+    """A line.
+
+    Args:
+        x_label: Name and unit of x.
+        y_label: Name and unit of y.
+        x: Where it was measured.
+        y: What was found.
+    """
+
+    x_label: str
+    y_label: str
+    x: Sequence[float]
+    y: Sequence[float]
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """Result of one measure.
+
+    Args:
+        metrics: Name -> metric; the suite puts its own name before it.
+        sheets: Title -> picture.
+        tables: Title -> counts.
+        curves: Title -> line.
+    """
+
+    metrics: Mapping[str, Metric]
+    sheets: Mapping[str, Image.Image] = field(default_factory=dict)
+    tables: Mapping[str, Table] = field(default_factory=dict)
+    curves: Mapping[str, Curve] = field(default_factory=dict)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything but the sheets, as JSON values."""
+        return {
+            "metrics": {name: metric.to_dict() for name, metric in self.metrics.items()},
+            "tables": {title: asdict(table) for title, table in self.tables.items()},
+            "curves": {title: asdict(curve) for title, curve in self.curves.items()},
+        }
+
+
+@dataclass(frozen=True)
+class Measure:
+    """A function that measures, and the pipeline it wants.
+
+    Args:
+        name: Name in suites.
+        pipeline: Class of `multimodal_dlm.pipelines` it is handed.
+        function: (pipeline, source, *, split, batch_size, seed, ...) -> `Measurement`.
+    """
+
+    name: str
+    pipeline: str
+    function: Callable[..., Measurement]
+
+
+_MEASURES: dict[str, Measure] = {}
+
+
+def register_measure(
+    name: str, pipeline: str
+) -> Callable[[Callable[..., Measurement]], Callable[..., Measurement]]:
+    """Name a function for suites.
+
+    Args:
+        name: Name in suites.
+        pipeline: Class of `multimodal_dlm.pipelines` it is handed.
+    """
+
+    def register(function: Callable[..., Measurement]) -> Callable[..., Measurement]:
+        _MEASURES[name] = Measure(name, pipeline, function)
+        return function
+
+    return register
+
+
+def get_measure(name: str) -> Measure:
+    """A measure by name: every file of `evaluation/measures` is looked into.
+
+    Raises:
+        ConfigError: When there is none of that name.
+    """
+    package = importlib.import_module("multimodal_dlm.evaluation.measures")
+    for module in pkgutil.iter_modules(package.__path__):
+        importlib.import_module(f"{package.__name__}.{module.name}")
+    if name not in _MEASURES:
+        raise unknown_name("measure", name, sorted(_MEASURES))
+    return _MEASURES[name]
+
+
+def _rounded(value: float | None) -> float | None:
+    return None if value is None else round(float(value), DIGITS)

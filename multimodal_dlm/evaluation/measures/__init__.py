@@ -1,0 +1,1 @@
+"""One file for each measure; a file here is found by itself."""

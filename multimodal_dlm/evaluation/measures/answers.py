@@ -1,0 +1,165 @@
+"""Answers to the questions of held-out pictures, beside answering without looking."""
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import islice
+from typing import Any
+
+from PIL import Image
+
+from multimodal_dlm.datasets.manifest import Source
+from multimodal_dlm.datasets.reading import ShardReader, iterate_samples
+from multimodal_dlm.errors import DataError
+from multimodal_dlm.evaluation.baselines import BlindAnswers
+from multimodal_dlm.evaluation.measurement import (
+    Measurement,
+    Metric,
+    Table,
+    mean_metric,
+    register_measure,
+)
+from multimodal_dlm.evaluation.sheets import contact_sheet
+from multimodal_dlm.evaluation.text_metrics import exact_match, normalise_text
+from multimodal_dlm.pipelines import UnifiedImageToTextPipeline
+
+MAX_ANSWERS = 12  # A table of more different answers is not drawn.
+NUM_SHOWN = 12
+
+
+@dataclass(frozen=True)
+class Question:
+    """One question about one picture.
+
+    Args:
+        image: The picture.
+        picture: Its number.
+        question: The question.
+        answer: The true answer.
+        kind: Type of the question.
+    """
+
+    image: Image.Image
+    picture: int
+    question: str
+    answer: str
+    kind: str
+
+
+@register_measure("answers", "UnifiedImageToTextPipeline")
+def measure_answers(
+    pipeline: UnifiedImageToTextPipeline,
+    source: Source,
+    *,
+    split: str,
+    limit: int | None = None,
+    batch_size: int = 64,
+    seed: int = 0,
+) -> Measurement:
+    """Exact match of the answers, in all and by question type.
+
+    Intervals draw pictures, not questions. Baselines: `blind` is the most frequent training answer
+    to the same question, `majority` the most frequent of all.
+
+    Args:
+        pipeline: Answers the questions.
+        source: Dataset with questions.
+        split: Held-out split.
+        limit: Questions at most.
+        batch_size: Questions at once.
+        seed: Of the bootstrap.
+
+    Raises:
+        DataError: When the split has no question.
+    """
+    asked = list(islice(_questions(source, split), limit))
+    if not asked:
+        raise DataError(f"`{source.name}` has no question in split `{split}`.")
+    answer: Any = pipeline
+    texts: list[str] = []
+    for first in range(0, len(asked), batch_size):
+        part = asked[first : first + batch_size]
+        texts += answer([q.image for q in part], [q.question for q in part]).texts
+    right = [exact_match(text, q.answer) for text, q in zip(texts, asked, strict=True)]
+    baselines = _baselines(source, asked)
+    kinds = sorted({q.kind for q in asked})
+    metrics = {"accuracy": _accuracy(asked, right, baselines, None, seed)}
+    for kind in kinds:
+        metrics[f"accuracy.{kind}"] = _accuracy(asked, right, baselines, kind, seed)
+    tables = {}
+    for kind in kinds:
+        rows = [(q, t) for q, t in zip(asked, texts, strict=True) if q.kind == kind]
+        table = confusion([q.answer for q, _ in rows], [text for _, text in rows])
+        if table is not None:
+            tables[f"answers of type {kind}"] = table
+    captions = [
+        f"{q.question} {text}" + ("" if is_right else f" (true: {q.answer})")
+        for q, text, is_right in zip(asked, texts, right, strict=True)
+    ]
+    shown = _spread(len(asked), NUM_SHOWN)
+    sheet = contact_sheet([asked[i].image for i in shown], [captions[i] for i in shown], columns=6)
+    return Measurement(metrics, {"questions and answers": sheet}, tables)
+
+
+def confusion(truths: Sequence[str], predictions: Sequence[str]) -> Table | None:
+    """True answers against given ones; None when there are too many to draw.
+
+    Args:
+        truths: True answers.
+        predictions: Given answers; those that are nobody's true answer are `other`.
+    """
+    rows = sorted({normalise_text(truth) for truth in truths})
+    if len(rows) > MAX_ANSWERS:
+        return None
+    given = [normalise_text(text) for text in predictions]
+    given = [text if text in rows else "other" for text in given]
+    columns = [*rows, "other"] if "other" in given and "other" not in rows else rows
+    counts = Counter(zip(map(normalise_text, truths), given, strict=True))
+    return Table(rows, columns, [[counts[row, column] for column in columns] for row in rows])
+
+
+def _accuracy(
+    asked: Sequence[Question],
+    right: Sequence[bool],
+    baselines: dict[str, list[bool]],
+    kind: str | None,
+    seed: int,
+) -> Metric:
+    """Share of right answers to questions of a type, of all when None."""
+    places = [i for i, q in enumerate(asked) if kind is None or q.kind == kind]
+    return mean_metric(
+        [right[i] for i in places],
+        groups=[asked[i].picture for i in places],
+        baselines={name: [rows[i] for i in places] for name, rows in baselines.items()},
+        seed=seed,
+    )
+
+
+def _baselines(source: Source, asked: Sequence[Question]) -> dict[str, list[bool]]:
+    """Right answers of the baselines; none when the dataset has no training questions."""
+    if not source.count("train"):
+        return {}
+    reader = ShardReader(source.splits["train"], source=source.name)
+    records = (reader.record(index) for index in range(len(reader)))
+    pairs = [(pair.question, pair.answer) for record in records for pair in record.qa]
+    if not pairs:
+        return {}
+    blind = BlindAnswers(pairs)
+    return {
+        "blind": [exact_match(blind.answer(q.question), q.answer) for q in asked],
+        "majority": [exact_match(blind.majority, q.answer) for q in asked],
+    }
+
+
+def _questions(source: Source, split: str) -> Any:
+    for number, sample in enumerate(iterate_samples(source, split)):
+        if sample.record.qa:
+            image = Image.fromarray(sample.image)
+            for pair in sample.record.qa:
+                yield Question(image, number, pair.question, pair.answer, pair.type)
+
+
+def _spread(count: int, wanted: int) -> list[int]:
+    """`wanted` places spread evenly over `count`."""
+    wanted = min(count, wanted)
+    return [place * count // wanted for place in range(wanted)]

@@ -1,0 +1,139 @@
+"""Suites run on a tiny pipeline: the same twice, resumed, and refused when they make no sense."""
+
+import json
+import re
+
+import pytest
+import torch
+import yaml
+
+from multimodal_dlm.datasets import open_manifest
+from multimodal_dlm.errors import ConfigError, DataError
+from multimodal_dlm.evaluation.harness import run_suite
+from multimodal_dlm.evaluation.measurement import Metric, get_measure, mean_metric
+from multimodal_dlm.evaluation.measures.inpainting import hole_masks, hole_psnr
+from multimodal_dlm.evaluation.suites import open_suite, suite_of_data
+from multimodal_dlm.pipelines import UnifiedImageToTextPipeline
+from tests.evaluation.toy import write_squares
+from tests.pipelines.tiny import tiny_components
+
+
+@pytest.fixture(scope="module")
+def manifest(tmp_path_factory):
+    return open_manifest(write_squares(tmp_path_factory.mktemp("data")))
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("pipeline")
+    UnifiedImageToTextPipeline(**tiny_components()).save_pretrained(folder)
+    return folder
+
+
+def whole_suite(tmp_path):
+    lines = {
+        f"{measure}.squares": {"measure": measure, "source": "squares", "split": "test"}
+        for measure in ("answers", "captions", "inpainting", "lengths", "reconstruction")
+    }
+    lines["likelihood"] = {
+        "measure": "likelihood", "source": "squares", "split": "test", "num_draws": 2,
+    }  # fmt: skip
+    lines["joint"] = {"measure": "joint", "source": "squares", "split": "train", "limit": 4}
+    path = tmp_path / "whole.yaml"
+    path.write_text(yaml.safe_dump({"name": "whole", "measurements": lines}))
+    return open_suite(str(path))
+
+
+def lasting(report):
+    return {name: value for name, value in report.items() if name not in ("times", "environment")}
+
+
+def test_two_runs_give_the_same_report_and_a_third_measures_nothing(manifest, saved, tmp_path):
+    pipe = UnifiedImageToTextPipeline.from_pretrained(saved)
+    suite = whole_suite(tmp_path)
+    said = []
+    reports = [
+        run_suite(pipe, manifest, suite, tmp_path / name, folder=saved, progress=said.append)
+        for name in ("one", "two", "one")
+    ]
+    assert lasting(reports[0]) == lasting(reports[1])
+    assert reports[0] == reports[2] | {"environment": reports[0]["environment"]}
+    assert sum("measured already" in text for text in said) == len(suite.entries)
+    assert (
+        json.loads((tmp_path / "one/report.json").read_text())["metrics"] == (reports[0]["metrics"])
+    )
+    for metric in reports[0]["metrics"].values():
+        assert metric["n"] > 0
+        assert metric["low"] is None or metric["low"] <= metric["value"] <= metric["high"]
+    page = (tmp_path / "one/report.html").read_text()
+    assert not re.search(r"(src|href)=.?https?:", page)
+    for entry in suite.entries:
+        assert f'id="{entry.name}"' in page
+
+
+def test_a_part_is_measured_again_when_anything_it_depends_on_changes(manifest, saved, tmp_path):
+    pipe = UnifiedImageToTextPipeline.from_pretrained(saved)
+    suite = suite_of_data(manifest).only(["tokenizer"])
+
+    def run(**changes):
+        said = []
+        options = {"folder": saved, "progress": said.append, **changes}
+        run_suite(pipe, manifest, suite, tmp_path, **options)
+        return "measured already" not in said[0]
+
+    assert run()
+    assert not run()
+    assert run(seed=1)
+    assert run(batch_size=2, seed=1)
+    assert run(folder=None)
+    (tmp_path / "parts/tokenizer.squares.json").write_text("{")
+    assert run()
+    next((tmp_path / "parts").glob("*.png")).unlink()
+    assert run()
+
+
+def test_suites_of_the_package_name_measures_that_exist():
+    for name in ("default", "quick"):
+        suite = open_suite(name)
+        assert suite.name == name
+        for entry in suite.entries:
+            get_measure(entry.measure)
+        assert {e.name for e in suite.only(["vqa"]).entries} == {"vqa.easy_vqa", "vqa.emoji_scenes"}
+
+
+def test_a_suite_that_makes_no_sense_is_refused_before_anything_is_measured(manifest, tmp_path):
+    pipe = UnifiedImageToTextPipeline(**tiny_components())
+
+    def refuse(**line):
+        path = tmp_path / "wrong.yaml"
+        given = {"measure": "captions", "source": "squares", "split": "test", **line}
+        kept = {key: value for key, value in given.items() if value is not None}
+        path.write_text(yaml.safe_dump({"name": "wrong", "measurements": {"a": kept}}))
+        with pytest.raises((ConfigError, DataError)) as caught:
+            run_suite(pipe, manifest, open_suite(str(path)), tmp_path / "out")
+        return str(caught.value)
+
+    assert "Did you mean `captions`?" in refuse(measure="caption")
+    assert "Did you mean `squares`?" in refuse(source="square")
+    assert "Did you mean `test`?" in refuse(split="tests")
+    assert "Did you mean `limit`?" in refuse(limits=3)
+    assert "must have split" in refuse(split=None)
+    with pytest.raises(DataError, match="there is no file"):
+        open_suite("missing.yaml")
+
+
+def test_a_mean_and_its_baselines():
+    metric = mean_metric([1, 0, 1, 1], baselines={"chance": 0.5, "blind": [True, False, False, 0]})
+    assert metric.value == 0.75
+    assert metric.baselines == {"chance": 0.5, "blind": 0.25}
+    assert Metric(1 / 3, None, None, 3).to_dict()["value"] == 0.33333
+
+
+def test_holes_are_a_quarter_and_their_error_is_taken_inside():
+    masks = hole_masks(20, 32, seed=0)
+    assert masks.sum(dim=(1, 2, 3)).tolist() == [256] * 20
+    assert len({tuple(mask.nonzero()[0].tolist()) for mask in masks}) > 10
+    assert torch.equal(masks[:5], hole_masks(5, 32, seed=0))
+    pixels = torch.zeros(1, 3, 32, 32)
+    other = torch.where(masks[:1], 0.1, 1.0).expand(1, 3, 32, 32)
+    assert hole_psnr(pixels, other, masks[:1]) == pytest.approx([20.0], abs=1e-3)
