@@ -200,6 +200,27 @@ def test_loss_weights_scale_one_modality():
     assert min(image, text) > 0
 
 
+def test_task_weights_scale_the_rows_of_a_task_and_no_report():
+    canvas, model = canvas_of(("caption", "vqa")), tiny_model()
+    tasks = ("caption", "vqa")
+    uniforms = {3: torch.tensor([0.6, 0.6])}
+
+    def run(**weights):
+        objective = MaskedDiffusion(task_weights=weights)
+        return objective(
+            model, canvas, generator=generators([0, 1]), uniforms=uniforms, tasks=tasks
+        )
+
+    def total(output):
+        return float(output.loss.detach())
+
+    plain, caption, answer = run(), run(vqa=0.0), run(caption=0.0)
+    assert total(caption) + total(answer) == pytest.approx(total(plain), rel=1e-5)
+    assert total(run(vqa=3.0)) == pytest.approx(total(plain) + 2 * total(answer), rel=1e-5)
+    assert min(total(caption), total(answer)) > 0
+    assert float(run(vqa=3.0).terms["nelbo/text"].total) == float(plain.terms["nelbo/text"].total)
+
+
 def test_a_row_without_targets_keeps_a_gradient_path():
     canvas = canvas_of(("caption",))
     canvas = canvas.replace(is_free=torch.zeros_like(canvas.is_free))
@@ -216,6 +237,10 @@ def test_wrong_options_are_explained():
         build_objective("masked_diffusion", holes=0.1)
     with pytest.raises(ConfigError, match=r"`hole_share` must lie in \[0, 1\]; got 2"):
         MaskedDiffusion(hole_share=2)
+    with pytest.raises(ConfigError, match="Did you mean `vqa`"):
+        MaskedDiffusion(task_weights={"vqas": 2.0})
+    with pytest.raises(ConfigError, match="`task_weights.vqa` must not be negative; got -1"):
+        MaskedDiffusion(task_weights={"vqa": -1})
     with pytest.raises(ConfigError, match="Unknown modality in `loss_weights` `imge`"):
         MaskedDiffusion(loss_weights={"imge": 1.0})(
             tiny_model(), canvas_of(("joint",)), generator=generators([0])

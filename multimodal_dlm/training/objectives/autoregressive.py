@@ -44,7 +44,7 @@ class Autoregressive(CanvasObjective):
             teacher: Unused.
             uniforms: Unused.
             denominators: Free positions of each modality index in the global batch.
-            tasks: Task of each row, for the report.
+            tasks: Task of each row, for its weight and the report.
             draws: Unused.
             row_share: Rows of this micro-batch over those of the global batch.
 
@@ -66,7 +66,7 @@ class Autoregressive(CanvasObjective):
             attention_plan=AttentionPlan.from_canvas(inputs.replace(order=causal_order(inputs))),
         )
         nll = target_nll(model, output.hidden_states, inputs, inputs.is_free)
-        loss = self.weighted_loss(nll, inputs, model.vocabulary, denominators)
+        loss = self.weighted_loss(nll, inputs, model.vocabulary, denominators, tasks)
         if output.auxiliary_loss is not None:
             loss = loss + row_share * output.auxiliary_loss
         is_bound = torch.ones(inputs.batch_size, dtype=torch.bool, device=inputs.device)

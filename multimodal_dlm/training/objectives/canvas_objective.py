@@ -1,7 +1,7 @@
 """What objectives over canvases share: one normalisation and one way to report.
 
-loss_m = sum over rows of NELBO_row / sum of window lengths, both over the global accumulated batch;
-the total is the weighted sum over modalities m.
+loss_m = sum over rows of (weight of the row's task x NELBO_row) / sum of window lengths, both over
+the global accumulated batch; the total is the weighted sum over modalities m.
 """
 
 import zlib
@@ -15,23 +15,37 @@ from torch import Tensor
 from multimodal_dlm.canvas import Canvas
 from multimodal_dlm.diffusion.timesteps import stratified_uniforms
 from multimodal_dlm.errors import ConfigError, unknown_name
+from multimodal_dlm.processing import TASKS
 from multimodal_dlm.training.objectives.base import Batch, Objective, StepPlan, Term
 from multimodal_dlm.training.randomness import step_generator
 from multimodal_dlm.vocabulary import UnifiedVocabulary
 
 
 class CanvasObjective(Objective):
-    """An objective over canvases, weighted by modality.
+    """An objective over canvases, weighted by modality and task.
 
     Args:
         loss_weights: Weight of each modality by name; 1 where none is given.
+        task_weights: Weight of the rows of each task by name; 1 where none is given. A one-word
+            answer is a bit beside the hundreds of nats of a picture: without a weight its gradient
+            drowns in theirs. Reported terms are unweighted.
     """
 
-    def __init__(self, *, loss_weights: Mapping[str, float] | None = None) -> None:
+    def __init__(
+        self,
+        *,
+        loss_weights: Mapping[str, float] | None = None,
+        task_weights: Mapping[str, float] | None = None,
+    ) -> None:
         self.loss_weights = dict(loss_weights or {})
-        for name, weight in self.loss_weights.items():
-            if weight < 0:
-                raise ConfigError(f"`loss_weights.{name}` must not be negative; got {weight}.")
+        self.task_weights = dict(task_weights or {})
+        for option in ("loss_weights", "task_weights"):
+            for name, weight in getattr(self, option).items():
+                if weight < 0:
+                    raise ConfigError(f"`{option}.{name}` must not be negative; got {weight}.")
+        for name in self.task_weights:
+            if name not in TASKS:
+                raise unknown_name("task in `task_weights`", name, TASKS)
 
     def prepare(
         self,
@@ -78,8 +92,9 @@ class CanvasObjective(Objective):
         canvas: Canvas,
         vocabulary: UnifiedVocabulary,
         denominators: Mapping[int, int] | None,
+        tasks: Sequence[str] = (),
     ) -> Tensor:
-        """Sum over modalities of weight x sum of NELBO / denominator.
+        """Sum over modalities of weight x sum of weighted NELBO / denominator.
 
         Args:
             nelbo: Weighted negative log-likelihood of each position, 0 where it has none.
@@ -87,7 +102,11 @@ class CanvasObjective(Objective):
             vocabulary: Names the modalities.
             denominators: Free positions of each modality in the global batch; None for those of
                 this canvas.
+            tasks: Task of each row; none weighs all rows alike.
         """
+        if self.task_weights and tasks:
+            factors = [self.task_weights.get(task, 1.0) for task in tasks]
+            nelbo = nelbo * nelbo.new_tensor(factors)[:, None]
         for name in self.loss_weights:
             if name not in vocabulary.modalities:
                 raise unknown_name("modality in `loss_weights`", name, vocabulary.modalities)

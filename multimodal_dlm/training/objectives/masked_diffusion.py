@@ -51,6 +51,7 @@ class MaskedDiffusion(CanvasObjective):
 
     Args:
         loss_weights: Weight of each modality by name; 1 where none is given.
+        task_weights: Weight of the rows of each task by name; 1 where none is given.
         hole_share: Share of rows whose only free window is a grid that get one rectangular hole
             instead (practice for inpainting; left out of the reported bounds).
         num_noise_bins: Noise levels reported separately.
@@ -60,10 +61,11 @@ class MaskedDiffusion(CanvasObjective):
         self,
         *,
         loss_weights: Mapping[str, float] | None = None,
+        task_weights: Mapping[str, float] | None = None,
         hole_share: float = 0.0,
         num_noise_bins: int = 4,
     ) -> None:
-        super().__init__(loss_weights=loss_weights)
+        super().__init__(loss_weights=loss_weights, task_weights=task_weights)
         if not 0.0 <= hole_share <= 1.0:
             raise ConfigError(f"`hole_share` must lie in [0, 1]; got {hole_share}. Use 0.1.")
         self.hole_share = hole_share
@@ -91,7 +93,7 @@ class MaskedDiffusion(CanvasObjective):
             teacher: Unused: the targets are the data.
             uniforms: Window id -> one number in [0, 1) a row that sets its count; None to draw.
             denominators: Free positions of each modality index in the global batch.
-            tasks: Task of each row, for the report.
+            tasks: Task of each row, for its weight and the report.
             draws: One number in [0, 1) a row that decides about holes; none without.
             row_share: Rows of this micro-batch over those of the global batch.
         """
@@ -111,7 +113,7 @@ class MaskedDiffusion(CanvasObjective):
         )
         nll = target_nll(model, output.hidden_states, inputs, corrupted.is_target)
         nelbo = nll * corrupted.weight
-        loss = self.weighted_loss(nelbo, inputs, vocabulary, denominators)
+        loss = self.weighted_loss(nelbo, inputs, vocabulary, denominators, tasks)
         if output.hidden_states.requires_grad and not loss.requires_grad:
             loss = loss + 0.0 * output.hidden_states.sum()
         if output.auxiliary_loss is not None:
