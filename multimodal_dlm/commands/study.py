@@ -1,6 +1,8 @@
 """The commands that measure how a model denoises."""
 
+import json
 from dataclasses import asdict
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from multimodal_dlm.commands.loading import (
@@ -17,9 +19,68 @@ if TYPE_CHECKING:
 
 
 def add_options(parser: "ArgumentParser", name: str) -> None:
-    """Add the options of the command."""
+    """Add the options of a command."""
+    if name == "noise-spectrum":
+        parser.add_argument(
+            "pipeline", nargs="?", type=str, default=RELEASED_PIPELINE,
+            help="folder of a saved pipeline, or `owner/name` on the Hub",
+        )  # fmt: skip
+        parser.add_function_arguments(run_noise_spectrum, skip={"pipeline"}, as_group=False)
+        return
     parser.add_argument("manifest", type=str, help="YAML file")
     parser.add_function_arguments(run_step_plan, skip={"manifest"}, as_group=False)
+
+
+def run_noise_spectrum(
+    pipeline: str = RELEASED_PIPELINE,
+    *,
+    manifest: str,
+    source: str,
+    split: str = "test",
+    attributes: list[str] | None = None,
+    data_root: str | None = None,
+    levels: int = 9,
+    limit: int = 1000,
+    seed: int = 0,
+    output: str = "out/noise_spectrum",
+    device: str = "auto",
+) -> Report:
+    """Measure what is decided at which noise level; writes report.json, report.html and plots.
+
+    Args:
+        pipeline: folder of a saved pipeline, or `owner/name` on the Hub
+        manifest: YAML file
+        source: dataset of the manifest
+        split: split to measure
+        attributes: entries of the records' meta to probe; null for group, style and background
+        data_root: folder that holds the datasets' folders; null for the manifest's own folder
+        levels: noise levels from 0 to 1
+        limit: pictures at most
+        seed: of masks and folds
+        output: folder of the report
+        device: auto, cpu, cuda, cuda:1, mps
+    """
+    from multimodal_dlm.datasets.manifest import open_manifest
+    from multimodal_dlm.evaluation.suites import Suite, SuiteEntry
+
+    data = open_manifest(manifest, data_root)
+    require_folder(pipeline)
+    loaded = load("UnifiedTextToImagePipeline", pipeline, device)
+    from multimodal_dlm.evaluation.harness import run_suite
+    from multimodal_dlm.evaluation.html_report import line_plot, metric_lines
+
+    options: dict[str, Any] = {"limit": limit, "num_levels": levels}
+    if attributes is not None:
+        options["attributes"] = attributes
+    entry = SuiteEntry("noise_spectrum", "noise_spectrum", source, split, options)
+    report = run_suite(
+        loaded, data, Suite("noise_spectrum", (entry,)), output, seed=seed, progress=say
+    )
+    part = json.loads((Path(output) / "parts" / "noise_spectrum.json").read_text())
+    for number, curve in enumerate(part["curves"].values()):
+        (Path(output) / f"curve_{number}.svg").write_text(line_plot(curve) + "\n")
+    lines = [f"noise spectrum of {source}, split {split}", *metric_lines(report["metrics"])]
+    return Report(report, "\n".join([*lines, str(Path(output) / "report.html")]))
 
 
 def run_step_plan(

@@ -3,6 +3,7 @@
 import base64
 from collections.abc import Mapping, Sequence
 from html import escape
+from itertools import cycle, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +20,9 @@ table.heat th { padding: 3px 8px; font-weight: 400; } img { max-width: 100%; }
 .quiet { color: #777; } nav a { margin-right: 1.2em; } code { font-size: 0.92em; }
 """
 _BAR_WIDTH, _BAR_HEIGHT = 220, 14
-_PLOT = (420, 220)
-_MARGINS = (52, 12, 40, 12)  # Left, right, bottom, top.
+_PLOT = (620, 260)
+_MARGINS = (52, 150, 40, 24)  # Left, right, bottom, top.
+_COLOURS = ("#3a6ea5", "#c4572e", "#4c8f4c", "#8457a8", "#a08020", "#666666")
 
 
 def write_html(
@@ -87,7 +89,7 @@ def _section(name: str, part: Mapping[str, Any], report: Mapping[str, Any], fold
         _metrics(part["metrics"]),
     ]
     for title, curve in part["curves"].items():
-        found.append(f"<h3>{escape(title)}</h3>{_line_plot(curve)}")
+        found.append(f"<h3>{escape(title)}</h3>{line_plot(curve)}")
     for title, table in part["tables"].items():
         found.append(f"<h3>{escape(title)}</h3>{_heat_map(table)}")
     for title, file in part["sheets"].items():
@@ -161,33 +163,48 @@ def _heat_map(table: Mapping[str, Any]) -> str:
     return f'<table class="heat"><tr>{corner}{head}</tr>{"".join(rows)}</table>'
 
 
-def _line_plot(curve: Mapping[str, Any]) -> str:
+def line_plot(curve: Mapping[str, Any]) -> str:
+    """Lines as an SVG picture, their names to the right of their ends."""
     left, right, bottom, top = _MARGINS
     width, height = _PLOT
-    xs, ys = curve["x"], curve["y"]
-    low_y, high_y = min(0.0, *ys), max(ys) or 1.0
+    xs, lines = curve["x"], curve["lines"]
+    numbers = [y for ys in lines.values() for y in ys]
+    low_y, high_y = min(0.0, *numbers), max(*numbers, 1e-9)
+    base = height - bottom
 
     def place(x: float, y: float) -> tuple[float, float]:
         across = (x - min(xs)) / ((max(xs) - min(xs)) or 1)
-        up = (y - low_y) / ((high_y - low_y) or 1)
+        up = (y - low_y) / (high_y - low_y)
         return (
             round(left + across * (width - left - right), 1),
-            round(height - bottom - up * (height - top - bottom), 1),
+            round(base - up * (base - top), 1),
         )
 
-    points = [place(x, y) for x, y in zip(xs, ys, strict=True)]
-    marks = [f'<circle cx="{x}" cy="{y}" r="3" fill="#3a6ea5"/>' for x, y in points]
-    path = " ".join(f"{x},{y}" for x, y in points)
-    texts = [_text(place(x, low_y)[0], height - bottom + 15, format_tick(x)) for x in xs]
-    texts += [
-        _text(left - 6, place(xs[0], y)[1] + 4, format_tick(y), "end") for y in (low_y, high_y)
-    ]
-    texts.append(_text((left + width - right) / 2, height - 6, curve["x_label"]))
-    texts.append(_text(left, top - 1, curve["y_label"], "start"))
-    base = height - bottom
-    axes = f'<path d="M{left} {top} V{base} H{width - right}" fill="none" stroke="#999"/>'
-    line = f'<polyline points="{path}" fill="none" stroke="#3a6ea5" stroke-width="2"/>'
-    return f'<svg width="{width}" height="{height}">{axes}{line}{"".join(marks + texts)}</svg>'
+    marks = [f'<path d="M{left} {top} V{base} H{width - right}" fill="none" stroke="#999"/>']
+    ends = _apart([place(xs[-1], ys[-1])[1] for ys in lines.values()])
+    for colour, (name, ys), end in zip(cycle(_COLOURS), lines.items(), ends, strict=False):
+        points = [place(x, y) for x, y in zip(xs, ys, strict=True)]
+        path = " ".join(f"{x},{y}" for x, y in points)
+        marks.append(f'<polyline points="{path}" fill="none" stroke="{colour}" stroke-width="2"/>')
+        marks += [f'<circle cx="{x}" cy="{y}" r="2.5" fill="{colour}"/>' for x, y in points]
+        marks.append(_text(width - right + 8, end + 4, name, "start", colour))
+    marks += [_text(place(x, low_y)[0], base + 15, format_tick(x)) for x in xs]
+    marks += [_text(left - 6, place(xs[0], y)[1] + 4, format_tick(y), "end")
+              for y in (low_y, high_y)]  # fmt: skip
+    marks.append(_text((left + width - right) / 2, height - 6, curve["x_label"]))
+    marks.append(_text(left, top - 8, curve["y_label"], "start"))
+    size = f'width="{width}" height="{height}" viewBox="0 0 {width} {height}"'
+    font = 'font-family="system-ui, sans-serif"'
+    return f'<svg xmlns="http://www.w3.org/2000/svg" {size} {font}>{"".join(marks)}</svg>'
+
+
+def _apart(places: Sequence[float], distance: float = 13.0) -> list[float]:
+    """The same heights, moved down until no two labels overlap."""
+    moved = list(places)
+    order = sorted(range(len(places)), key=lambda index: places[index])
+    for above, below in pairwise(order):
+        moved[below] = max(moved[below], moved[above] + distance)
+    return moved
 
 
 def format_tick(value: float) -> str:
@@ -195,9 +212,9 @@ def format_tick(value: float) -> str:
     return f"{value:.3g}"
 
 
-def _text(x: float, y: float, text: str, anchor: str = "middle") -> str:
+def _text(x: float, y: float, text: str, anchor: str = "middle", colour: str = "#555") -> str:
     return (
-        f'<text x="{x}" y="{y}" text-anchor="{anchor}" font-size="11" fill="#555">'
+        f'<text x="{x}" y="{y}" text-anchor="{anchor}" font-size="11" fill="{colour}">'
         f"{escape(text)}</text>"
     )
 

@@ -84,19 +84,19 @@ class Table:
 
 @dataclass(frozen=True)
 class Curve:
-    """A line.
+    """Lines over one x.
 
     Args:
         x_label: Name and unit of x.
         y_label: Name and unit of y.
         x: Where it was measured.
-        y: What was found.
+        lines: Name -> what was found there.
     """
 
     x_label: str
     y_label: str
     x: Sequence[float]
-    y: Sequence[float]
+    lines: Mapping[str, Sequence[float]]
 
 
 @dataclass(frozen=True)

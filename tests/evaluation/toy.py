@@ -1,6 +1,7 @@
 """A dataset of colored squares with a held-out split, written as real shards."""
 
 import io
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
@@ -22,12 +23,12 @@ def square(color: str, noise: np.random.Generator) -> Image.Image:
     return Image.fromarray(pixels)
 
 
-def write_squares(folder: Path) -> Path:
+def write_squares(folder: Path, splits: Mapping[str, int] = SPLITS) -> Path:
     """Write the shards and return the manifest's path."""
     noise = np.random.default_rng(0)
     (folder / "squares").mkdir(parents=True)
     shards = {}
-    for split, count in SPLITS.items():
+    for split, count in splits.items():
         writer = ShardWriter(folder / "squares", f"squares-{split}", shard_size=100)
         for number in range(count):
             color = COLORS[number % 3]

@@ -1,0 +1,69 @@
+"""Probes on vectors whose information is known, and the sweep on a tiny pipeline."""
+
+import math
+
+import pytest
+import torch
+
+from multimodal_dlm.datasets import open_manifest
+from multimodal_dlm.errors import DataError
+from multimodal_dlm.evaluation.measures.noise_spectrum import measure_noise_spectrum
+from multimodal_dlm.evaluation.probes import encode_labels, probe
+from multimodal_dlm.pipelines import UnifiedTextToImagePipeline
+from tests.evaluation.toy import COLORS, write_squares
+from tests.pipelines.tiny import tiny_components
+
+
+def test_a_probe_reads_what_is_there_and_nothing_else():
+    generator = torch.Generator().manual_seed(0)
+    labels = torch.arange(300) % 3
+    noise = torch.randn(300, 5, generator=generator)
+    told = torch.nn.functional.one_hot(labels, 3).float()
+    sure = probe(torch.cat([noise, told], dim=1), labels)
+    assert sum(sure.right) == 300
+    assert sure.information == pytest.approx(math.log(3), abs=0.1)
+    blind = probe(noise, labels)
+    assert abs(sum(blind.right) / 300 - 1 / 3) < 0.1
+    assert blind.information < 0.02
+    assert probe(noise, labels).nats == blind.nats
+
+
+def test_other_vectors_are_read_by_the_probe_of_their_fold():
+    labels = torch.arange(40) % 2
+    told = torch.nn.functional.one_hot(labels, 2).float()
+    assert probe(told, labels, other=told).predicted == labels.tolist()
+    assert probe(told, labels, other=1 - told).predicted == (1 - labels).tolist()
+
+
+def test_rare_labels_are_left_out():
+    rows, classes = encode_labels(["b", "a", "b", "a", "c"], min_count=2)
+    assert rows == [0, 1, 2, 3]
+    assert classes.tolist() == [1, 0, 1, 0]
+    with pytest.raises(DataError, match="needs two labels with 2 rows each"):
+        encode_labels(["a", "a", "b"], min_count=2)
+
+
+def test_the_sweep_of_a_tiny_pipeline(tmp_path, monkeypatch):
+    source = open_manifest(write_squares(tmp_path, {"train": 30})).sources["squares"]
+    pipe = UnifiedTextToImagePipeline(**tiny_components())
+
+    def encode(pixels):
+        colors = pixels[:, :, 16, 16].argmax(dim=1)
+        grids = pipe.processor.image_grids
+        return tuple(colors[:, None, None].expand(-1, *grid).clone() for grid in grids)
+
+    monkeypatch.setattr(pipe.image_tokenizer, "encode", encode)
+    options = {"split": "train", "attributes": ("concept",), "num_levels": 3}
+    found = measure_noise_spectrum(pipe, source, batch_size=7, **options)
+    for level in ("0", "0.5", "1"):
+        for where in ("picture", "caption", "reconstructed"):
+            metric = found.metrics[f"{where}.concept.{level}"]
+            assert metric.n == 30
+            assert metric.baselines["majority"] == pytest.approx(1 / len(COLORS))
+    # Codes tell the colors; with every code masked all pictures look the same.
+    assert found.metrics["picture.concept.0"].value > 0.9
+    assert found.metrics["picture.concept.1"].value < 0.6
+    assert found.metrics["reconstructed.concept.0"].value > 0.9
+    again = measure_noise_spectrum(pipe, source, batch_size=30, **options)
+    for name, metric in again.metrics.items():
+        assert metric.value == pytest.approx(found.metrics[name].value, abs=0.1), name
