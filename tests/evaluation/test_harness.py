@@ -33,7 +33,14 @@ def saved(tmp_path_factory):
 def whole_suite(tmp_path):
     lines = {
         f"{measure}.squares": {"measure": measure, "source": "squares", "split": "test"}
-        for measure in ("answers", "captions", "inpainting", "lengths", "reconstruction")
+        for measure in (
+            "answers",
+            "calibration",
+            "captions",
+            "inpainting",
+            "lengths",
+            "reconstruction",
+        )
     }
     lines["likelihood"] = {
         "measure": "likelihood", "source": "squares", "split": "test", "num_draws": 2,

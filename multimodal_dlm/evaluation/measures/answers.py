@@ -1,7 +1,7 @@
 """Answers to the questions of held-out pictures, beside answering without looking."""
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any
@@ -72,7 +72,7 @@ def measure_answers(
     Raises:
         DataError: When the split has no question.
     """
-    asked = list(islice(_questions(source, split), limit))
+    asked = list(islice(list_questions(source, split), limit))
     if not asked:
         raise DataError(f"`{source.name}` has no question in split `{split}`.")
     answer: Any = pipeline
@@ -151,7 +151,8 @@ def _baselines(source: Source, asked: Sequence[Question]) -> dict[str, list[bool
     }
 
 
-def _questions(source: Source, split: str) -> Any:
+def list_questions(source: Source, split: str) -> Iterator[Question]:
+    """Every question of a split, picture by picture."""
     for number, sample in enumerate(iterate_samples(source, split)):
         if sample.record.qa:
             image = Image.fromarray(sample.image)

@@ -1,0 +1,129 @@
+"""Whether a model that says 80 % is right in 80 % of the cases."""
+
+import math
+from collections.abc import Sequence
+from itertools import islice
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Float
+
+from multimodal_dlm.datasets.manifest import Source
+from multimodal_dlm.errors import DataError
+from multimodal_dlm.evaluation.bootstrap import LEVEL, bootstrap_weights, percentiles
+from multimodal_dlm.evaluation.encoding import encode_images
+from multimodal_dlm.evaluation.measurement import (
+    Curve,
+    Measurement,
+    Metric,
+    mean_metric,
+    register_measure,
+)
+from multimodal_dlm.evaluation.measures.answers import list_questions
+from multimodal_dlm.evaluation.text_metrics import exact_match
+from multimodal_dlm.pipelines import UnifiedImageToTextPipeline
+
+NUM_BINS = 10
+NUM_DRAWS = 8
+
+
+@register_measure("calibration", "UnifiedImageToTextPipeline")
+def measure_calibration(
+    pipeline: UnifiedImageToTextPipeline,
+    source: Source,
+    *,
+    split: str,
+    limit: int | None = 500,
+    batch_size: int = 64,
+    seed: int = 0,
+    num_draws: int = NUM_DRAWS,
+) -> Measurement:
+    """Expected calibration error of the answers (Guo et al. 2017, arXiv 1706.04599, Eq. 3).
+
+    The confidence of an answer is exp(-NELBO) of that answer given picture, question and its
+    length: a lower bound of its probability, but for the noise of the masks.
+
+    Args:
+        pipeline: Answers the questions.
+        source: Dataset with questions.
+        split: Held-out split.
+        limit: Questions at most.
+        batch_size: Questions, or masks, at once.
+        seed: Of the masks and the bootstrap.
+        num_draws: Masks of each answer.
+
+    Raises:
+        DataError: When the split has no question.
+    """
+    asked = list(islice(list_questions(source, split), limit))
+    if not asked:
+        raise DataError(f"`{source.name}` has no question in split `{split}`.")
+    codes = encode_images(pipeline, [np.asarray(q.image) for q in asked], batch_size)
+    answer: Any = pipeline
+    texts: list[str] = []
+    for first in range(0, len(asked), batch_size):
+        part = slice(first, first + batch_size)
+        grids = tuple(level[part] for level in codes)
+        texts += answer(codes=grids, question=[q.question for q in asked[part]]).texts
+    estimates = pipeline.score(
+        "vqa",
+        codes=codes,
+        text=texts,
+        question=[q.question for q in asked],
+        generator=[torch.Generator().manual_seed(seed + row) for row in range(len(asked))],
+        num_draws=num_draws,
+        batch_size=batch_size,
+    )
+    confidence = np.array([min(1.0, math.exp(-estimate.value)) for estimate in estimates])
+    pairs = zip(texts, asked, strict=True)
+    right = np.array([float(exact_match(text, q.answer)) for text, q in pairs])
+    weights = bootstrap_weights(len(asked), seed=seed)
+    drawn = np.array([calibration_error(confidence, right, row) for row in weights])
+    low, high = percentiles(drawn, LEVEL)
+    error = calibration_error(confidence, right)
+    middles, shares = reliability(confidence, right)
+    curve = Curve(
+        "confidence", "share of right answers", middles, {"model": shares, "calibrated": middles}
+    )
+    return Measurement(
+        {
+            "calibration_error": Metric(error, low, high, len(asked)),
+            "confidence": mean_metric(
+                confidence.tolist(), baselines={"accuracy": float(right.mean())}, seed=seed
+            ),
+        },
+        curves={"confidence and accuracy": curve},
+    )
+
+
+def calibration_error(
+    confidence: Float[np.ndarray, " rows"],
+    right: Float[np.ndarray, " rows"],
+    weights: Float[np.ndarray, " rows"] | None = None,
+) -> float:
+    """Mean over ten bins of |accuracy - mean confidence|, bins weighted by their rows.
+
+    Args:
+        confidence: In [0, 1].
+        right: 1 for a right answer, 0 for a wrong one.
+        weights: Rows of a resample; None for one each.
+    """
+    weights = np.ones(len(confidence)) if weights is None else weights
+    gaps = np.bincount(_bins(confidence), weights=weights * (right - confidence))
+    return float(np.abs(gaps).sum() / weights.sum())
+
+
+def reliability(
+    confidence: Float[np.ndarray, " rows"], right: Float[np.ndarray, " rows"]
+) -> tuple[Sequence[float], Sequence[float]]:
+    """Mean confidence and share of right answers of each bin that has rows."""
+    bins = _bins(confidence)
+    filled = [number for number in range(NUM_BINS) if (bins == number).any()]
+    middles = [round(float(confidence[bins == number].mean()), 4) for number in filled]
+    shares = [round(float(right[bins == number].mean()), 4) for number in filled]
+    return middles, shares
+
+
+def _bins(confidence: Float[np.ndarray, " rows"]) -> np.ndarray:
+    return np.minimum((confidence * NUM_BINS).astype(int), NUM_BINS - 1)
