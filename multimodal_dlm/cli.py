@@ -52,13 +52,14 @@ COMMANDS = {
     "train": Command("train", "train a model or a tokenizer from a config file"),
     "data build": Command("data", "build the shards and the manifest of a dataset"),
     "data inspect": Command("data", "show counts, licences and examples of a manifest"),
+    "data validate": Command("data", "check every byte of the shards of a manifest"),
     "evaluate": Command("evaluate", "measure a pipeline on held-out data and write a report"),
     "study step-plan": Command("study", "measure what a window is worth drawing in how many steps"),
     "study noise-spectrum": Command("study", "measure what is decided at which noise level"),
     "demo": Command("demo", "show every task on the released pipeline"),
     "card": Command("card", "write the model card of a saved pipeline"),
 }
-GROUPS = {"data": "build or inspect datasets", "study": "measure how a model denoises"}
+GROUPS = {"data": "build, inspect or validate datasets", "study": "measure how a model denoises"}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -69,7 +70,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     try:
         command, options = _parse(arguments, output_format)
-        print_report(command(**options), output_format)
+        report = command(**options)
+        print_report(report, output_format)
     except MultimodalDLMError as error:
         if is_debug:
             print_traceback()
@@ -86,7 +88,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         message = f"{type(error).__name__}: {error} Run again with --debug for the traceback."
         print_error(type(error).__name__, message, output_format)
         return INTERNAL_ERROR
-    return 0
+    return report.status
 
 
 def build_parser(output_format: str = "human") -> CommandParser:

@@ -404,10 +404,11 @@ def test_unknown_device_is_a_sentence(capsys, tiny):
 
 
 def test_data_inspect(capsys, tiny):
-    values = succeed(capsys, "data", "inspect", str(tiny / "squares.yaml"), "--validate", "true")
+    values = succeed(capsys, "data", "inspect", str(tiny / "squares.yaml"))
     source = values["sources"]["squares"]
     assert source["samples"] == {"train": 9, "test": 3}
-    assert source["validated"] == 12
+    found = succeed(capsys, "data", "validate", str(tiny / "squares.yaml"))
+    assert (found["is_valid"], found["good"]) == (True, 12)
     status, out, _ = run(capsys, "data", "inspect", str(tiny / "squares.yaml"))
     assert status == 0
     assert "samples: train 9, test 3" in out

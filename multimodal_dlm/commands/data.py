@@ -1,8 +1,8 @@
-"""Commands about data: build, inspect."""
+"""Commands about data: build, inspect, validate."""
 
 from typing import TYPE_CHECKING, Any
 
-from multimodal_dlm.commands.reporting import Report
+from multimodal_dlm.commands.reporting import USER_ERROR, Report
 from multimodal_dlm.errors import DataError
 
 if TYPE_CHECKING:
@@ -16,7 +16,8 @@ def add_options(parser: "ArgumentParser", name: str) -> None:
         parser.add_function_arguments(run_build, skip={"recipe"}, as_group=False)
     else:
         parser.add_argument("manifest", type=str, help="YAML file")
-        parser.add_function_arguments(run_inspect, skip={"manifest"}, as_group=False)
+        function = run_inspect if name == "inspect" else run_validate
+        parser.add_function_arguments(function, skip={"manifest"}, as_group=False)
 
 
 def run_build(
@@ -58,21 +59,49 @@ def run_build(
     return Report(values, "\n".join(lines))
 
 
-def run_inspect(manifest: str, *, data_root: str | None = None, validate: bool = False) -> Report:
+def run_inspect(manifest: str, *, data_root: str | None = None) -> Report:
     """Show counts, licences and examples of a manifest.
 
     Args:
         manifest: YAML file.
         data_root: folder that holds the datasets' folders; null for the manifest's own folder
-        validate: also read and check every byte of every shard
     """
     from multimodal_dlm.datasets.build import inspect
 
-    values = inspect(manifest, data_root, validate=validate)
+    values = inspect(manifest, data_root)
     lines = [f"{values['name']}  {values['fingerprint'][:16]}"]
     for name, source in values["sources"].items():
         lines += _describe_source(name, source)
     return Report(values, "\n".join(lines))
+
+
+def run_validate(manifest: str, *, data_root: str | None = None, show: int = 20) -> Report:
+    """Check every byte of every shard; exit status 2 when anything is wrong.
+
+    Args:
+        manifest: YAML file.
+        data_root: folder that holds the datasets' folders; null for the manifest's own folder
+        show: findings printed at most; `--format json` has all of them
+    """
+    from tqdm.auto import tqdm
+
+    from multimodal_dlm.datasets.manifest import open_manifest
+    from multimodal_dlm.datasets.validation import validate_manifest
+
+    opened = open_manifest(manifest, data_root)
+    with tqdm(desc=f"validate {opened.name}", unit=" samples") as bar:
+
+        def advance(done: int, total: int) -> None:
+            bar.total = total
+            bar.update(done - bar.n)
+
+        found = validate_manifest(opened, progress=advance)
+    lines = [f"{opened.name}: {found.num_good:,} of {found.num_samples:,} samples are good"]
+    lines += [f"  {reason:<16}{count:>7,}" for reason, count in found.counts.items()]
+    lines += [f"{f.reason}: {f.source}/{f.split}: {f.message}" for f in found.findings[:show]]
+    if len(found.findings) > show:
+        lines.append(f"... and {len(found.findings) - show:,} more (--show, or --format json)")
+    return Report(found.to_dict(), "\n".join(lines), 0 if found.is_valid else USER_ERROR)
 
 
 def _describe_source(name: str, source: dict[str, Any]) -> list[str]:
@@ -82,8 +111,6 @@ def _describe_source(name: str, source: dict[str, Any]) -> list[str]:
     if source["tasks"]:
         shares = ", ".join(f"{task} {share:.2f}" for task, share in source["tasks"].items())
         lines.append(f"  tasks: {shares}")
-    if "validated" in source:
-        lines.append(f"  validated: {source['validated']:,} samples, every byte")
     example = source.get("example")
     if example:
         lines += [f"  example {example['key']}:"]

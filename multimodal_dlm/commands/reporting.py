@@ -19,10 +19,12 @@ class Report:
     Args:
         values: JSON values, printed by `--format json`.
         text: What `--format human` prints.
+        status: Exit status.
     """
 
     values: dict[str, Any]
     text: str
+    status: int = 0
 
 
 def find_format(arguments: Sequence[str]) -> str:

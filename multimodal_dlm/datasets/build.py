@@ -120,15 +120,12 @@ def _noted(
         yield sample
 
 
-def inspect(
-    manifest: str | Path, data_root: str | Path | None = None, *, validate: bool = False
-) -> dict[str, Any]:
+def inspect(manifest: str | Path, data_root: str | Path | None = None) -> dict[str, Any]:
     """What a manifest holds.
 
     Args:
         manifest: YAML file.
         data_root: Folder of the datasets, see `open_manifest`.
-        validate: Also read and check every byte of every shard.
 
     Returns:
         JSON values: per source counts, bytes, weight, tasks, licence, packages, question types and
@@ -161,6 +158,4 @@ def inspect(
                 "captions": list(seen[0].captions),
                 "qa": [{"question": q.question, "answer": q.answer} for q in seen[0].qa],
             }
-        if validate:
-            sources[name]["validated"] = sum(reader.validate() for reader in readers.values())
     return {"name": opened.name, "fingerprint": opened.fingerprint, "sources": sources}

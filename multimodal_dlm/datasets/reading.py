@@ -6,7 +6,7 @@ from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from itertools import accumulate, islice
 
-from multimodal_dlm.datasets.indexing import IndexEntry, read_index
+from multimodal_dlm.datasets.indexing import IndexEntry, build_index, index_path, read_index
 from multimodal_dlm.datasets.manifest import Manifest, ShardFile, Source
 from multimodal_dlm.datasets.schema import Record, Sample
 from multimodal_dlm.errors import DataError
@@ -66,34 +66,53 @@ class ShardReader:
         shard, entry, where = self._locate(index)
         return self._read_record(shard, entry, where)
 
-    def validate(self) -> int:
-        """Check every byte: digests, records, texts, pictures; return the number of samples.
+    def check_digest(self, number: int) -> None:
+        """Compare the SHA-256 of shard `number` with the manifest's.
 
         Raises:
-            DataError: At the first thing that is wrong, naming shard and key.
+            DataError: When the shard is missing or has other bytes.
         """
-        for shard in self.shards:
-            digest = hashlib.sha256(_existing(shard).path.read_bytes()).hexdigest()
-            if digest != shard.sha256:
-                raise DataError(
-                    f"The SHA-256 of shard {shard.path} must be {shard.sha256}; got {digest}."
-                    " Build or fetch it again."
-                )
-        keys: set[str] = set()
-        for index in range(len(self)):
-            sample = self[index]
-            if sample.key in keys:
-                raise DataError(f"{sample.where}: keys must be unique in a split. Rebuild it.")
-            keys.add(sample.key)
-            shard, entry, where = self._locate(index)
-            text = self._read(shard, entry, "txt", where)
-            if text != sample.record.captions[0].encode():
-                raise DataError(
-                    f"{where}: `.txt` must be the first caption; got {text[:60]!r}. Rebuild it."
-                )
-            if sample.image_bytes is not None and sample.image.ndim != 3:
-                raise DataError(f"{where}: a picture must have three axes.")
-        return len(keys)
+        shard = self.shards[number]
+        with _existing(shard).path.open("rb") as file:
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
+        if digest != shard.sha256:
+            raise DataError(
+                f"The SHA-256 of shard {shard.path} must be {shard.sha256}; got {digest}. Build or"
+                " fetch it again."
+            )
+
+    def check_shard(self, number: int) -> None:
+        """Read the index of shard `number`, and scan the shard to see that the index is true.
+
+        Raises:
+            DataError: When the shard is no plain tar of the promised samples.
+        """
+        shard = self.shards[number]
+        if not shard.count:
+            return
+        self._locate(self._ends[number] - shard.count)
+        if self._indexes[number] != build_index(shard.path):
+            raise DataError(
+                f"Index {index_path(shard.path)} must say where the samples of its shard lie; it"
+                " does not. Delete it: it is rebuilt by scanning the shard."
+            )
+
+    def check(self, index: int) -> Sample:
+        """Sample `index` once its record, text and picture keep every rule.
+
+        Raises:
+            DataError: Naming shard and key when one does not.
+        """
+        sample = self[index]
+        shard, entry, where = self._locate(index)
+        text = self._read(shard, entry, "txt", where)
+        if text != sample.record.captions[0].encode():
+            raise DataError(
+                f"{where}: `.txt` must be the first caption; got {text[:60]!r}. Rebuild it."
+            )
+        if sample.image_bytes is not None and min(sample.image.shape[:2]) < 1:
+            raise DataError(f"{where}: a picture must have at least one pixel.")
+        return sample
 
     def _locate(self, index: int) -> tuple[int, IndexEntry, str]:
         if not 0 <= index < len(self):
