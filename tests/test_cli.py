@@ -339,12 +339,12 @@ def test_demo_on_a_tiny_pipeline(capsys, tiny, tmp_path):
 def test_evaluate_on_a_tiny_pipeline(capsys, tiny, tmp_path):
     folder, manifest = str(tiny / "pipeline"), ["--manifest", str(tiny / "squares.yaml")]
     given = [folder, *manifest, "--suite", "data", "--output", str(tmp_path)]
-    values = succeed(capsys, "evaluate", *given, "--only", '["vqa", "tokenizer"]')
+    values = succeed(capsys, "evaluate", *given, "--only", "vqa,tokenizer")
     assert values["metrics"]["vqa.squares.accuracy"]["n"] == 6
     assert "tokenizer.squares.psnr" in values["metrics"]
     assert values == json.loads((tmp_path / "report.json").read_text())
     assert "<svg" in (tmp_path / "report.html").read_text()
-    wrong = fail(capsys, "evaluate", *given, "--only", '["vqa.square"]')
+    wrong = fail(capsys, "evaluate", *given, "--only", "vqa.square")
     assert "Did you mean `vqa.squares`?" in wrong
     wrong = fail(capsys, "evaluate", folder, *manifest, "--suite", "quik")
     assert "Did you mean `quick`?" in wrong

@@ -28,7 +28,7 @@ def run_evaluate(
     manifest: str = SAMPLE_DATA,
     data_root: str | None = None,
     output: str = "out/evaluation",
-    only: list[str] | None = None,
+    only: str | None = None,
     limit: int | None = None,
     seed: int = 0,
     batch_size: int = 64,
@@ -42,7 +42,7 @@ def run_evaluate(
         manifest: YAML file of a dataset or a mixture; the committed sample is too small to judge by
         data_root: folder that holds the datasets' folders; null for the manifest's own folder
         output: folder of the report; measurements found there are not taken again
-        only: names, or beginnings of names, of the measurements to take; null for all
+        only: names of measurements, or their beginnings, with commas between them; null for all
         limit: samples of each measurement at most, with `--suite data`
         seed: of every draw
         batch_size: rows at once
@@ -53,7 +53,7 @@ def run_evaluate(
 
     data = open_manifest(manifest, data_root)
     chosen = suite_of_data(data, limit) if suite == "data" else open_suite(suite)
-    chosen = chosen.only(only)
+    chosen = chosen.only(only.split(",") if only is not None else None)
     require_folder(pipeline)
     loaded = load("UnifiedImageToTextPipeline", pipeline, device)
     from multimodal_dlm.evaluation.harness import HTML_FILE, run_suite

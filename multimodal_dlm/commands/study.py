@@ -37,7 +37,7 @@ def run_noise_spectrum(
     manifest: str,
     source: str,
     split: str = "test",
-    attributes: list[str] | None = None,
+    attributes: str = "group,style,background",
     data_root: str | None = None,
     levels: int = 9,
     limit: int = 1000,
@@ -52,7 +52,7 @@ def run_noise_spectrum(
         manifest: YAML file
         source: dataset of the manifest
         split: split to measure
-        attributes: entries of the records' meta to probe; null for group, style and background
+        attributes: entries of the records' meta to probe, with commas between them
         data_root: folder that holds the datasets' folders; null for the manifest's own folder
         levels: noise levels from 0 to 1
         limit: pictures at most
@@ -69,9 +69,7 @@ def run_noise_spectrum(
     from multimodal_dlm.evaluation.harness import run_suite
     from multimodal_dlm.evaluation.html_report import line_plot, metric_lines
 
-    options: dict[str, Any] = {"limit": limit, "num_levels": levels}
-    if attributes is not None:
-        options["attributes"] = attributes
+    options = {"limit": limit, "num_levels": levels, "attributes": attributes.split(",")}
     entry = SuiteEntry("noise_spectrum", "noise_spectrum", source, split, options)
     report = run_suite(
         loaded, data, Suite("noise_spectrum", (entry,)), output, seed=seed, progress=say
