@@ -1,8 +1,8 @@
 """What building the site adds to MkDocs: quoted sections, and no page that needs the network.
 
 A line `<!-- quote: PATH # HEADING -->` in a page becomes the text below that heading of a Markdown
-file of the repository, so that figures and examples are written once. Links into `docs/` then lead to
-the pages, which themselves lie in `docs/`.
+file of the repository, so that figures and examples are written once. Links into `docs/` then lead
+to the pages, which themselves lie in `docs/`.
 """
 
 import re
