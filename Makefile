@@ -7,7 +7,10 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 BASE_STAMP := $(VENV)/.installed-base
 
-.PHONY: help demo test check pytest format clean
+# The theme's note on its own future is not a warning about these pages.
+MKDOCS := NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs
+
+.PHONY: help demo test check pytest docs format clean
 
 help: ## list the targets
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -27,7 +30,7 @@ $(BASE_STAMP): pyproject.toml | $(BIN)/python
 $(STAMP): pyproject.toml | $(BIN)/python
 	@echo "== installing the package and the development tools: downloads about 3 GB (torch is most"
 	@echo "   of it), 1 to 5 minutes"
-	@$(BIN)/python -m pip install --progress-bar on -e ".[dev,data]"
+	@$(BIN)/python -m pip install --progress-bar on -e ".[dev,data,docs]"
 	@touch $@ $(BASE_STAMP)
 
 demo: $(BASE_STAMP) ## draw, inpaint, caption and answer with the released model
@@ -35,7 +38,7 @@ demo: $(BASE_STAMP) ## draw, inpaint, caption and answer with the released model
 
 test: $(STAMP) check pytest ## every check and every test
 
-check: $(STAMP) ## style, types, layers
+check: $(STAMP) ## style, types, layers, documentation
 	@echo "== ruff"
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
@@ -43,10 +46,15 @@ check: $(STAMP) ## style, types, layers
 	@$(BIN)/lint-imports --no-logo
 	@echo "== pyright (about half a minute)"
 	@$(BIN)/pyright
+	@echo "== mkdocs"
+	@$(MKDOCS) build --quiet
 
 pytest: $(STAMP) ## the tests
 	@echo "== pytest (a few minutes on two cores)"
 	@$(BIN)/python -m pytest
+
+docs: $(STAMP) ## read the documentation in a browser, built again at every change
+	@$(MKDOCS) serve
 
 format: $(STAMP) ## let ruff repair what it can
 	@$(BIN)/ruff check --fix .

@@ -287,8 +287,8 @@ class UnifiedProcessor:
     def training_canvas(self, rows: Sequence[TrainingRow]) -> Canvas:
         """Clean rows of any mixture of tasks; `is_free` is what the task may mask and count.
 
-        A free text window has W = min(W_max, len + 1 + r) positions: r = 0 with probability 0.3,
-        else log-uniform on 1..W_max - len - 1, so that any `gen_length` is in distribution.
+        The length of a free text window is log-uniform on those that hold the text and its `<eos>`,
+        up to `max_window.text`, so that any `gen_length` is in distribution.
         """
         return self._assemble([self._training_row(row) for row in rows])
 

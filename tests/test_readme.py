@@ -1,4 +1,4 @@
-"""The README is true: its tree, links, commands and code."""
+"""The README is true: its tree, links, commands and code; so are the other documents' commands."""
 
 import contextlib
 import io
@@ -15,7 +15,7 @@ from tests.conftest import REPOSITORY
 from tests.test_packaging import tracked_files
 
 README = (REPOSITORY / "README.md").read_text(encoding="utf-8")
-DOCUMENTS = sorted([*REPOSITORY.glob("*.md"), *(REPOSITORY / "docs").glob("*.md")])
+DOCUMENTS = sorted([*REPOSITORY.glob("*.md"), *(REPOSITORY / "docs").rglob("*.md")])
 PLACEHOLDER = "FILL:"
 # Files that tools look for in the root; the tree leaves them out.
 ROOT_FILES = {
@@ -80,17 +80,29 @@ def test_no_placeholder_is_left_once_the_model_is_released(released_pipeline):
     assert not left
 
 
-def test_commands_parse():
-    """Every `multimodal-dlm` line of the README is accepted by the parser."""
-    parser = cli.build_parser()
-    lines = [
+def commands(document: Path) -> list[str]:
+    """The `multimodal-dlm` lines of a document's bash blocks, continued lines joined."""
+    found = re.findall(
+        r"^```bash\n(.*?)^```", document.read_text("utf-8"), re.MULTILINE | re.DOTALL
+    )
+    return [
         line.split("#")[0].strip()
-        for block in blocks("bash")
+        for block in found
         for line in block.replace("\\\n", " ").splitlines()
         if line.startswith("multimodal-dlm")
     ]
-    assert len(lines) >= 6
-    for line in lines:
+
+
+def test_commands_are_found():
+    assert len(commands(REPOSITORY / "README.md")) >= 6
+    assert sum(len(commands(document)) for document in DOCUMENTS) >= 30
+
+
+@pytest.mark.parametrize("document", [d for d in DOCUMENTS if commands(d)], ids=lambda p: p.name)
+def test_commands_parse(document):
+    """Every `multimodal-dlm` line is accepted by the parser."""
+    parser = cli.build_parser()
+    for line in commands(document):
         arguments = hyphens_to_underscores(shlex.split(line)[1:])
         if "--config" in arguments:
             config = REPOSITORY / arguments[arguments.index("--config") + 1]

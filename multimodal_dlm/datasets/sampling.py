@@ -32,7 +32,7 @@ class KeyedDraws:
         stream: What is drawn, for example `"order/emoji"`; streams are independent of each other.
         counters: Up to three integers in 0..2^64 - 1, for example epoch and sample.
 
-    Example:
+    Examples:
         >>> KeyedDraws(0, "demo", 3, 7).integer(10) == KeyedDraws(0, "demo", 3, 7).integer(10)
         True
     """

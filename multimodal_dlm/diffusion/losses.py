@@ -29,7 +29,7 @@ Head = Callable[[Tensor], Tensor]
 class WeightedCrossEntropy(NamedTuple):
     """A weighted sum of cross-entropies and its parts.
 
-    Args:
+    Attributes:
         loss: Sum of weight x nll, the scalar to differentiate.
         nll: -log p(target) of each position, float32 or better.
     """

@@ -21,7 +21,7 @@ from multimodal_dlm.errors import ConfigError, make_named
 class MaskSchedule(ABC):
     """Base of the mask schedules: a subclass gives the mask rate, its derivative and its inverse.
 
-    Example:
+    Examples:
         >>> schedule = get_mask_schedule("cosine")
         >>> schedule.alpha(0.0), schedule.alpha(1.0)
         (1.0, 0.0)

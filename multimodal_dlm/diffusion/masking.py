@@ -19,7 +19,7 @@ from multimodal_dlm.errors import ConfigError
 class ComplementaryPair(NamedTuple):
     """A mask, its complement, and what each one's summed cross-entropy is multiplied by.
 
-    Args:
+    Attributes:
         is_masked: The first mask.
         complement: The free positions that the first mask leaves clean.
         weight: Of the first mask's sum, per row.

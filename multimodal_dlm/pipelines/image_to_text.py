@@ -27,7 +27,7 @@ TEXT_OUTPUT_TYPES = ("text", "seq")
 class UnifiedImageToTextPipeline(UnifiedPipeline):
     """Captioning and visual question answering: the image is clean, the answer is written.
 
-    Example:
+    Examples:
         >>> pipe = UnifiedImageToTextPipeline.from_pretrained("pipelines/...")  # doctest: +SKIP
         >>> pipe(image).texts, pipe(image, "what colour is it?").texts  # doctest: +SKIP
     """

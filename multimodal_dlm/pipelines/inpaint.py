@@ -27,7 +27,7 @@ from multimodal_dlm.pipelines.randomness import Generators, draw_row_seeds
 class UnifiedInpaintPipeline(UnifiedPipeline):
     """Inpainting: tokens under the mask are written, the others and the caption are known.
 
-    Example:
+    Examples:
         >>> pipe = UnifiedInpaintPipeline.from_pretrained("pipelines/...")  # doctest: +SKIP
         >>> pipe("a red apple", image, mask_image).images[0]  # doctest: +SKIP
     """

@@ -24,7 +24,7 @@ STAGGERED = {"text": (1.0, 0.5), "image": (0.5, 0.0)}
 class UnifiedJointPipeline(UnifiedPipeline):
     """Joint generation: caption and picture are both masked and see each other.
 
-    Example:
+    Examples:
         >>> pipe = UnifiedJointPipeline.from_pretrained("pipelines/...")  # doctest: +SKIP
         >>> output = pipe(num_samples=4)  # doctest: +SKIP
         >>> output.texts[0], output.images[0]  # doctest: +SKIP

@@ -23,7 +23,7 @@ TEXT_OUTPUT_TYPES = ("text", "seq")
 class UnifiedTextGenerationPipeline(UnifiedPipeline):
     """Text alone: the instruction is clean, the answer is written; or a template is completed.
 
-    Example:
+    Examples:
         >>> pipe = UnifiedTextGenerationPipeline.from_pretrained("pipelines/...")  # doctest: +SKIP
         >>> pipe(template="a red [MASK] on a white background").texts  # doctest: +SKIP
     """

@@ -22,7 +22,7 @@ from multimodal_dlm.pipelines.randomness import Generators, draw_row_seeds
 class UnifiedTextToImagePipeline(UnifiedPipeline):
     """Text-to-image: the caption window is clean, the image window is written.
 
-    Example:
+    Examples:
         >>> pipe = UnifiedTextToImagePipeline.from_pretrained("pipelines/...")  # doctest: +SKIP
         >>> pipe("a red apple").images[0].save("apple.png")  # doctest: +SKIP
     """
