@@ -387,9 +387,8 @@ class UnifiedProcessor:
     def _window(self, text: str, draw: float) -> np.ndarray:
         """Content, `<eos>` and a random run of `<fill>`.
 
-        The length of the window is log-uniform on those that hold the text: its prior depends on
-        the text by nothing but that it must fit, so that a longer window does not ask for a longer
-        text.
+        Its length is log-uniform on those that hold the text: nothing of the text but that it must
+        fit sets the prior, so that a longer window does not ask for a longer text.
         """
         ids = self._condition(text)
         shortest, longest = len(ids), self.layout["max_window"]["text"]

@@ -14,7 +14,7 @@ import yaml
 
 from multimodal_dlm import cli
 from multimodal_dlm.datasets import open_manifest
-from multimodal_dlm.datasets.reading import ShardReader
+from multimodal_dlm.datasets.validation import validate_manifest
 from tests.conftest import REPOSITORY
 from tests.test_packaging import modules
 
@@ -119,10 +119,12 @@ def test_the_dataset_of_the_training_page_is_one(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     source = blocks(DOCS / "training.md", "python")[0]
     exec(compile(source, "training.md", "exec"), {"__name__": "page"})  # noqa: S102
-    (squares,) = open_manifest("data/squares.yaml").sources.values()
+    manifest = open_manifest("data/squares.yaml")
+    assert validate_manifest(manifest).is_valid
+    (squares,) = manifest.sources.values()
     assert squares.tasks == {"text_to_image": 2, "caption": 1, "vqa": 1}
     for split, count in {"train": 96, "test": 12}.items():
-        assert ShardReader(squares.splits[split]).validate() == count
+        assert squares.count(split) == count
 
 
 def test_the_mixture_of_the_training_page_opens(tmp_path):
