@@ -76,6 +76,30 @@ def probe(
     return ProbeResult(right.tolist(), nats.tolist(), prior.tolist(), found)
 
 
+class LinearProbe:
+    """A probe fitted once, to be asked about other rows.
+
+    Args:
+        features: Vectors fitted to.
+        labels: Their labels.
+    """
+
+    def __init__(self, features: Float[Tensor, "rows width"], labels: Sequence[str]) -> None:
+        self.names = sorted(set(labels))
+        places = {name: place for place, name in enumerate(self.names)}
+        self._mean, self._std = features.mean(dim=0), features.std(dim=0) + 1e-6
+        classes = torch.tensor([places[label] for label in labels])
+        self._weight, self._bias = _fit(self._scaled(features), classes, len(self.names))
+
+    def predict(self, features: Float[Tensor, "rows width"]) -> list[str]:
+        """The most likely label of each row."""
+        scores = self._scaled(features) @ self._weight + self._bias
+        return [self.names[place] for place in scores.argmax(dim=1).tolist()]
+
+    def _scaled(self, features: Tensor) -> Tensor:
+        return (features - self._mean) / self._std
+
+
 def encode_labels(values: Sequence[str], *, min_count: int = 8) -> tuple[list[int], Tensor]:
     """Rows whose value is frequent enough to probe, and their classes in alphabetical order.
 

