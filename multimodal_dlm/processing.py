@@ -287,8 +287,7 @@ class UnifiedProcessor:
     def training_canvas(self, rows: Sequence[TrainingRow]) -> Canvas:
         """Clean rows of any mixture of tasks; `is_free` is what the task may mask and count.
 
-        The length of a free text window is log-uniform on those that hold the text and its `<eos>`,
-        up to `max_window.text`, so that any `gen_length` is in distribution.
+        Lengths of free text windows are log-uniform, so that any `gen_length` is in distribution.
         """
         return self._assemble([self._training_row(row) for row in rows])
 
