@@ -169,7 +169,8 @@ def line_plot(curve: Mapping[str, Any]) -> str:
     width, height = _PLOT
     xs, lines = curve["x"], curve["lines"]
     numbers = [y for ys in lines.values() for y in ys]
-    low_y, high_y = min(0.0, *numbers), max(*numbers, 1e-9)
+    high_y = max(*numbers, 1e-9)
+    low_y = min(numbers) if min(numbers) < -0.01 * high_y else 0.0
     base = height - bottom
 
     def place(x: float, y: float) -> tuple[float, float]:
@@ -181,7 +182,7 @@ def line_plot(curve: Mapping[str, Any]) -> str:
         )
 
     marks = [f'<path d="M{left} {top} V{base} H{width - right}" fill="none" stroke="#999"/>']
-    ends = _apart([place(xs[-1], ys[-1])[1] for ys in lines.values()])
+    ends = _apart([place(xs[-1], ys[-1])[1] for ys in lines.values()], height - 8)
     for colour, (name, ys), end in zip(cycle(_COLOURS), lines.items(), ends, strict=False):
         points = [place(x, y) for x, y in zip(xs, ys, strict=True)]
         path = " ".join(f"{x},{y}" for x, y in points)
@@ -198,12 +199,15 @@ def line_plot(curve: Mapping[str, Any]) -> str:
     return f'<svg xmlns="http://www.w3.org/2000/svg" {size} {font}>{"".join(marks)}</svg>'
 
 
-def _apart(places: Sequence[float], distance: float = 13.0) -> list[float]:
-    """The same heights, moved down until no two labels overlap."""
+def _apart(places: Sequence[float], lowest: float, distance: float = 13.0) -> list[float]:
+    """The same heights, moved until no two labels overlap and none is below `lowest`."""
     moved = list(places)
     order = sorted(range(len(places)), key=lambda index: places[index])
     for above, below in pairwise(order):
         moved[below] = max(moved[below], moved[above] + distance)
+    moved[order[-1]] = min(moved[order[-1]], lowest)
+    for below, above in pairwise(reversed(order)):
+        moved[above] = min(moved[above], moved[below] - distance)
     return moved
 
 

@@ -2,6 +2,7 @@
 
 import json
 import re
+from itertools import pairwise
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ import yaml
 from multimodal_dlm.datasets import open_manifest
 from multimodal_dlm.errors import ConfigError, DataError
 from multimodal_dlm.evaluation.harness import run_suite
+from multimodal_dlm.evaluation.html_report import line_plot
 from multimodal_dlm.evaluation.measurement import Metric, get_measure, mean_metric
 from multimodal_dlm.evaluation.measures.inpainting import hole_masks, hole_psnr
 from multimodal_dlm.evaluation.suites import open_suite, suite_of_data
@@ -134,6 +136,15 @@ def test_a_mean_and_its_baselines():
     assert metric.value == 0.75
     assert metric.baselines == {"chance": 0.5, "blind": 0.25}
     assert Metric(1 / 3, None, None, 3).to_dict()["value"] == 0.33333
+
+
+def test_labels_of_lines_never_overlap_nor_leave_the_plot():
+    for lines in ({"a": [0, 1], "b": [1, 1], "c": [2, 1]}, {str(n): [1, 0] for n in range(6)}):
+        svg = line_plot({"x_label": "x", "y_label": "y", "x": [0, 1], "lines": lines})
+        ends = sorted(map(float, re.findall(r'<text x="478" y="([\d.]+)"', svg)))
+        assert len(ends) == len(lines)
+        assert all(below - above >= 12.9 for above, below in pairwise(ends))
+        assert ends[-1] < 260
 
 
 def test_holes_are_a_quarter_and_their_error_is_taken_inside():
