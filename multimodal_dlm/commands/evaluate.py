@@ -9,6 +9,9 @@ from multimodal_dlm.commands.reporting import Report, say
 if TYPE_CHECKING:
     from jsonargparse import ArgumentParser
 
+    from multimodal_dlm.datasets.manifest import Manifest
+    from multimodal_dlm.evaluation.suites import Suite
+
 SAMPLE_DATA = "datasets/sample.yaml"
 
 
@@ -43,7 +46,7 @@ def run_evaluate(
         data_root: folder that holds the datasets' folders; null for the manifest's own folder
         output: folder of the report; measurements found there are not taken again
         only: names of measurements, or their beginnings, with commas between them; null for all
-        limit: samples of each measurement at most, with `--suite data`
+        limit: rows of each measurement at most; null for what the suite says
         seed: of every draw
         batch_size: rows at once
         device: auto, cpu, cuda, cuda:1, mps
@@ -52,8 +55,34 @@ def run_evaluate(
     from multimodal_dlm.evaluation.suites import open_suite, suite_of_data
 
     data = open_manifest(manifest, data_root)
-    chosen = suite_of_data(data, limit) if suite == "data" else open_suite(suite)
-    chosen = chosen.only(only.split(",") if only is not None else None)
+    chosen = suite_of_data(data) if suite == "data" else open_suite(suite)
+    chosen = chosen.only(only.split(",") if only is not None else None).at_most(limit)
+    return measure_suite(
+        pipeline, data, chosen, output, seed=seed, batch_size=batch_size, device=device
+    )
+
+
+def measure_suite(
+    pipeline: str,
+    data: "Manifest",
+    suite: "Suite",
+    output: str,
+    *,
+    seed: int,
+    batch_size: int,
+    device: str,
+) -> Report:
+    """Load a pipeline, take a suite of it and show what came out.
+
+    Args:
+        pipeline: Folder, or `owner/name` on the Hub.
+        data: Datasets that the suite names.
+        suite: What is measured.
+        output: Folder of the report.
+        seed: Of every draw.
+        batch_size: Rows at once.
+        device: As `loading.load` takes it.
+    """
     require_folder(pipeline)
     loaded = load("UnifiedImageToTextPipeline", pipeline, device)
     from multimodal_dlm.evaluation.harness import HTML_FILE, run_suite
@@ -63,7 +92,7 @@ def run_evaluate(
     report = run_suite(
         loaded,
         data,
-        chosen,
+        suite,
         output,
         folder=folder if folder.is_dir() else None,
         seed=seed,
@@ -71,7 +100,7 @@ def run_evaluate(
         progress=say,
     )
     seconds = sum(report["times"].values())
-    lines = [f"{pipeline}, suite {chosen.name}, data {data.name}"]
+    lines = [f"{pipeline}, suite {suite.name}, data {data.name}"]
     lines += metric_lines(report["metrics"])
     lines.append(f"{seconds:.0f} s; {Path(output) / HTML_FILE}")
     return Report(report, "\n".join(lines))

@@ -1,10 +1,9 @@
 """The commands that measure how a model denoises."""
 
-import json
 from dataclasses import asdict
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from multimodal_dlm.commands.evaluate import measure_suite
 from multimodal_dlm.commands.loading import (
     RELEASED_PIPELINE,
     load,
@@ -45,7 +44,7 @@ def run_noise_spectrum(
     output: str = "out/noise_spectrum",
     device: str = "auto",
 ) -> Report:
-    """Measure what is decided at which noise level; writes report.json, report.html and plots.
+    """Measure what is decided at which noise level; writes report.json and report.html.
 
     Args:
         pipeline: folder of a saved pipeline, or `owner/name` on the Hub
@@ -63,22 +62,17 @@ def run_noise_spectrum(
     from multimodal_dlm.datasets.manifest import open_manifest
     from multimodal_dlm.evaluation.suites import Suite, SuiteEntry
 
-    data = open_manifest(manifest, data_root)
-    require_folder(pipeline)
-    loaded = load("UnifiedTextToImagePipeline", pipeline, device)
-    from multimodal_dlm.evaluation.harness import run_suite
-    from multimodal_dlm.evaluation.html_report import line_plot, metric_lines
-
     options = {"limit": limit, "num_levels": levels, "attributes": attributes.split(",")}
     entry = SuiteEntry("noise_spectrum", "noise_spectrum", source, split, options)
-    report = run_suite(
-        loaded, data, Suite("noise_spectrum", (entry,)), output, seed=seed, progress=say
+    return measure_suite(
+        pipeline,
+        open_manifest(manifest, data_root),
+        Suite("noise_spectrum", (entry,)),
+        output,
+        seed=seed,
+        batch_size=64,
+        device=device,
     )
-    part = json.loads((Path(output) / "parts" / "noise_spectrum.json").read_text())
-    for number, curve in enumerate(part["curves"].values()):
-        (Path(output) / f"curve_{number}.svg").write_text(line_plot(curve) + "\n")
-    lines = [f"noise spectrum of {source}, split {split}", *metric_lines(report["metrics"])]
-    return Report(report, "\n".join([*lines, str(Path(output) / "report.html")]))
 
 
 def run_step_plan(

@@ -214,7 +214,10 @@ def _open_dataset(path: Path, root: Path | None, changes: Mapping[str, Any]) -> 
         raise DataError(
             f"{path}: `balance_answers` must be true or false; got {content['balance_answers']!r}."
         )
-    for kind, weight in content.get("question_weights", {}).items():
+    weights = content.get("question_weights", {})
+    if not isinstance(weights, dict):
+        raise DataError(f"{path}: `question_weights` must map types to weights; got {weights!r}.")
+    for kind, weight in weights.items():
         _check_share(path, f"question_weights.{kind}", weight)
     if Path(content["folder"]).is_absolute() or ".." in Path(content["folder"]).parts:
         raise DataError(

@@ -6,6 +6,7 @@ import inspect
 import json
 import time
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,8 @@ from multimodal_dlm import __version__
 from multimodal_dlm.datasets.manifest import Manifest
 from multimodal_dlm.environment import environment
 from multimodal_dlm.errors import unknown_name
-from multimodal_dlm.evaluation.html_report import write_html
+from multimodal_dlm.evaluation.held_out import HeldOut
+from multimodal_dlm.evaluation.html_report import line_plot, write_html
 from multimodal_dlm.evaluation.measurement import Measure, get_measure
 from multimodal_dlm.evaluation.suites import Suite, SuiteEntry
 from multimodal_dlm.pipelines.manifest import hash_files
@@ -23,6 +25,7 @@ from multimodal_dlm.pipelines.pipeline_base import UnifiedPipeline
 FORMAT = "multimodal_dlm.report/1"
 REPORT_FILE = "report.json"
 HTML_FILE = "report.html"
+ROW_OPTIONS = ("limit", "batch_size", "seed")  # Of `HeldOut`; the others are the measure's.
 
 
 def run_suite(
@@ -110,7 +113,7 @@ def _check(entry: SuiteEntry, manifest: Manifest) -> Measure:
     if not source.count(entry.split):
         raise unknown_name(f"split of `{entry.name}`", entry.split, source.splits)
     measure = get_measure(entry.measure)
-    known = [*inspect.signature(measure.function).parameters][2:]
+    known = [*ROW_OPTIONS, *[*inspect.signature(measure.function).parameters][2:]]
     for option in entry.options:
         if option not in known:
             raise unknown_name(f"option of measure `{entry.measure}`", option, known)
@@ -126,17 +129,22 @@ def _measure(
     seed: int,
     batch_size: int,
 ) -> dict[str, Any]:
-    """Measure one entry, save its sheets beside its part, and return the part."""
+    """Measure one entry, save its sheets and plots beside its part, and return the part."""
     wanted = getattr(importlib.import_module("multimodal_dlm.pipelines"), measure.pipeline)
     handed = pipeline if isinstance(pipeline, wanted) else wanted.from_pipe(pipeline)
     handed.set_progress_bar_config(disable=True)
     options = {"batch_size": batch_size, "seed": seed, **entry.options}
-    found = measure.function(handed, manifest.sources[entry.source], split=entry.split, **options)
+    rows = {name: options.pop(name) for name in ROW_OPTIONS if name in options}
+    data = HeldOut(manifest.sources[entry.source], entry.split, **rows)
+    found = measure.function(handed, data, **options)
     sheets = {}
     for place, (title, image) in enumerate(found.sheets.items()):
         name = f"{entry.name}.{place}.png"
         image.save(path.parent / name)
         sheets[title] = name
+    for place, curve in enumerate(found.curves.values()):
+        plot = line_plot(asdict(curve))
+        (path.parent / f"{entry.name}.{place}.svg").write_text(plot + "\n", encoding="utf-8")
     return found.to_dict() | {"sheets": sheets}
 
 

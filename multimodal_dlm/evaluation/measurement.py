@@ -131,7 +131,7 @@ class Measure:
     Args:
         name: Name in suites.
         pipeline: Class of `multimodal_dlm.pipelines` it is handed.
-        function: (pipeline, source, *, split, batch_size, seed, ...) -> `Measurement`.
+        function: (pipeline, data, *, ...) -> `Measurement`, data a `HeldOut`.
     """
 
     name: str

@@ -60,16 +60,46 @@ def kernel_distance(first: Float[Tensor, "m width"], second: Float[Tensor, "n wi
     m, n = len(first), len(second)
     if min(m, n) < 2:
         raise ConfigError(f"`kernel_distance` needs two sets of 2 rows or more; got {m} and {n}.")
-    x, y = first.double(), second.double()
+    within = sum(
+        float(_within(rows).sum()) / (len(rows) * (len(rows) - 1)) for rows in (first, second)
+    )
+    return within - 2 * float(_kernel(first, second).mean())
 
-    def kernel(a: Tensor, b: Tensor) -> Tensor:
-        return (a @ b.T / a.shape[1] + 1).pow(3)
 
-    within = []
-    for rows in (x, y):
-        values, count = kernel(rows, rows), len(rows)
-        within.append((values.sum() - values.diagonal().sum()) / (count * (count - 1)))
-    return float(within[0] + within[1] - 2 * kernel(x, y).mean())
+def kernel_distance_error(
+    first: Float[Tensor, "n width"], second: Float[Tensor, "n width"]
+) -> float:
+    """Standard error of `kernel_distance` over n pairs, by the jackknife (Tukey 1958).
+
+    Args:
+        first: Features, at least 3 rows.
+        second: Features of as many rows; row i is left out together with row i of `first`.
+
+    Raises:
+        ConfigError: When there are fewer than 3 pairs.
+    """
+    n = len(first)
+    if n != len(second) or n < 3:
+        raise ConfigError(
+            f"`kernel_distance_error` needs 3 pairs or more; got {n} and {len(second)} rows."
+        )
+    across = _kernel(first, second)
+    left = torch.zeros(n, dtype=torch.float64)
+    for rows in (first, second):
+        values = _within(rows)
+        left += (values.sum() - 2 * values.sum(dim=1)) / ((n - 1) * (n - 2))
+    kept = across.sum() - across.sum(dim=0) - across.sum(dim=1) + across.diagonal()
+    left -= 2 * kept / (n - 1) ** 2
+    return float(((n - 1) / n * (left - left.mean()).square().sum()).sqrt())
+
+
+def _kernel(first: Tensor, second: Tensor) -> Float[Tensor, "m n"]:
+    return (first.double() @ second.double().T / first.shape[1] + 1).pow(3)
+
+
+def _within(rows: Tensor) -> Float[Tensor, "n n"]:
+    """The kernel of a set with itself, 0 on the diagonal."""
+    return _kernel(rows, rows).fill_diagonal_(0.0)
 
 
 def nearest_cosine(
@@ -80,11 +110,21 @@ def nearest_cosine(
     return (1 - (a @ b.T).amax(dim=1)).tolist()
 
 
-def rank_of_own(
-    features: Float[Tensor, "rows width"], targets: Float[Tensor, "rows width"]
-) -> list[int]:
-    """Rank of target i among all targets by cosine to row i, 1 for the nearest; ties count half."""
+def nearest_difference(
+    features: Float[Tensor, "rows width"], others: Float[Tensor, "others width"]
+) -> list[float]:
+    """Root mean square difference of each row to the nearest of the others."""
+    return (torch.cdist(features, others).amin(dim=1) / features.shape[1] ** 0.5).tolist()
+
+
+def hits_of_own(
+    features: Float[Tensor, "rows width"], targets: Float[Tensor, "rows width"], count: int
+) -> list[float]:
+    """Whether target i is among the `count` targets nearest to row i, by cosine.
+
+    Targets that tie share the places left: the probability of a hit under a random order of them.
+    """
     similarity = F.normalize(features, dim=1) @ F.normalize(targets, dim=1).T
     own = similarity.diagonal()[:, None]
-    above = (similarity > own).sum(dim=1) + (similarity == own).sum(dim=1).sub(1) // 2
-    return (above + 1).tolist()
+    above, equal = (similarity > own).sum(dim=1), (similarity == own).sum(dim=1)
+    return ((count - above) / equal).clamp(0, 1).tolist()

@@ -237,6 +237,10 @@ def test_a_member_of_a_mixture_may_weigh_its_questions(tmp_path: Path) -> None:
     path.write_text(yaml.safe_dump({"name": "balanced", "mixture": members}))
     with pytest.raises(DataError, match="question type `numbers`.*`number`"):
         MixtureReader(open_manifest(path), batch_size=BATCH)
+    members[0]["question_weights"] = ["number"]
+    path.write_text(yaml.safe_dump({"name": "balanced", "mixture": members}))
+    with pytest.raises(DataError, match="`question_weights` must map types to weights"):
+        open_manifest(path)
     members[0]["question_weights"] = {"number": 0.5}
     path.write_text(yaml.safe_dump({"name": "balanced", "mixture": members}))
     with pytest.raises(DataError, match="`question_weights.number` must be an integer"):

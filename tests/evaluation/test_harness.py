@@ -11,6 +11,7 @@ import yaml
 from multimodal_dlm.datasets import open_manifest
 from multimodal_dlm.errors import ConfigError, DataError
 from multimodal_dlm.evaluation.harness import run_suite
+from multimodal_dlm.evaluation.held_out import HeldOut
 from multimodal_dlm.evaluation.html_report import line_plot
 from multimodal_dlm.evaluation.measurement import Metric, get_measure, mean_metric
 from multimodal_dlm.evaluation.measures.inpainting import hole_masks, hole_psnr
@@ -74,6 +75,7 @@ def test_two_runs_give_the_same_report_and_a_third_measures_nothing(manifest, sa
     for metric in reports[0]["metrics"].values():
         assert metric["n"] > 0
         assert metric["low"] is None or metric["low"] <= metric["value"] <= metric["high"]
+    assert (tmp_path / "one/parts/calibration.squares.0.svg").read_text().startswith("<svg")
     page = (tmp_path / "one/report.html").read_text()
     assert not re.search(r"(src|href)=.?https?:", page)
     for entry in suite.entries:
@@ -127,8 +129,37 @@ def test_a_suite_that_makes_no_sense_is_refused_before_anything_is_measured(mani
     assert "Did you mean `test`?" in refuse(split="tests")
     assert "Did you mean `limit`?" in refuse(limits=3)
     assert "must have split" in refuse(split=None)
+    path = tmp_path / "broken.yaml"
+    for text in ("[", "3", "name: a", "{name: a, measurements: 3}", "{name: a, measurements: []}"):
+        path.write_text(text)
+        with pytest.raises(DataError, match="must be YAML with `name` and `measurements`"):
+            open_suite(str(path))
+    for name, line in (("../a", {}), ("A", {}), ("a.", {}), ("a", 3)):
+        path.write_text(yaml.safe_dump({"name": "b", "measurements": {name: line}}))
+        with pytest.raises(DataError, match="must be named by words"):
+            open_suite(str(path))
     with pytest.raises(DataError, match="there is no file"):
         open_suite("missing.yaml")
+
+
+def test_a_limit_cuts_what_a_suite_asks_for():
+    suite = open_suite("default").at_most(120)
+    limits = {entry.name: entry.options["limit"] for entry in suite.entries}
+    assert set(limits.values()) == {64, 100, 120}
+    assert open_suite("default").at_most(None) == open_suite("default")
+
+
+def test_rows_are_drawn_the_same_in_any_batch(manifest):
+    source = manifest.sources["squares"]
+    draws = []
+    for size in (1, 2, 5):
+        data = HeldOut(source, "test", batch_size=size, seed=3)
+        parts = [data.generators(rows) for rows in data.batches(5)]
+        assert [len(part) for part in parts][0] == size
+        draws.append([float(torch.rand(1, generator=g)) for part in parts for g in part])
+    assert draws[0] == draws[1] == draws[2]
+    assert len(set(draws[0])) == 5
+    assert list(HeldOut(source, "test").reader("nope")) == []
 
 
 def test_a_mean_and_its_baselines():

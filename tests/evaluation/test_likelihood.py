@@ -5,6 +5,7 @@ import pytest
 
 from multimodal_dlm.diffusion.likelihood import LikelihoodEstimate
 from multimodal_dlm.errors import DataError
+from multimodal_dlm.evaluation.held_out import HeldOut
 from multimodal_dlm.evaluation.measures.likelihood import (
     area_metric,
     area_under_curve,
@@ -69,7 +70,7 @@ class Knowing:
 
 
 def test_a_pipeline_that_knows_tells_all_pairs_apart(source):
-    found = measure_likelihood(Knowing(), source, split="test", batch_size=2).metrics
+    found = measure_likelihood(Knowing(), HeldOut(source, "test", batch_size=2)).metrics
     assert found["auc"].value == 1.0
     assert found["text_given_image_nats"].value == 1.0
     assert found["text_given_image_nats"].baselines == {"without_image": 5.0}
@@ -80,14 +81,14 @@ def test_a_pipeline_that_knows_tells_all_pairs_apart(source):
 def test_a_blind_pipeline_is_at_chance(source):
     blind = Knowing()
     blind.score = lambda task, *, text, **_: [LikelihoodEstimate(4.0, 0.1, 2, True)] * len(text)
-    found = measure_likelihood(blind, source, split="test", batch_size=2).metrics
+    found = measure_likelihood(blind, HeldOut(source, "test", batch_size=2)).metrics
     assert found["auc"].value == 0.5
 
 
 def test_a_real_pipeline_is_measured_the_same_twice(source):
     pipe = UnifiedImageToTextPipeline(**tiny_components())
-    options = {"split": "test", "num_draws": 4}
-    first, again = (measure_likelihood(pipe, source, **options).metrics for _ in range(2))
+    data = HeldOut(source, "test")
+    first, again = (measure_likelihood(pipe, data, num_draws=4).metrics for _ in range(2))
     assert first == again
     assert 0.0 <= first["auc"].value <= 1.0
     assert first["image_given_text_nats"].value > 0

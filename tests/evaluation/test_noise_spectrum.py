@@ -7,6 +7,7 @@ import torch
 
 from multimodal_dlm.datasets import open_manifest
 from multimodal_dlm.errors import DataError
+from multimodal_dlm.evaluation.held_out import HeldOut
 from multimodal_dlm.evaluation.measures.noise_spectrum import measure_noise_spectrum
 from multimodal_dlm.evaluation.probes import encode_labels, probe
 from multimodal_dlm.pipelines import UnifiedTextToImagePipeline
@@ -53,8 +54,8 @@ def test_the_sweep_of_a_tiny_pipeline(tmp_path, monkeypatch):
         return tuple(colors[:, None, None].expand(-1, *grid).clone() for grid in grids)
 
     monkeypatch.setattr(pipe.image_tokenizer, "encode", encode)
-    options = {"split": "train", "attributes": ("concept",), "num_levels": 3}
-    found = measure_noise_spectrum(pipe, source, batch_size=7, **options)
+    options = {"attributes": ("concept",), "num_levels": 3}
+    found = measure_noise_spectrum(pipe, HeldOut(source, "train", batch_size=7), **options)
     for level in ("0", "0.5", "1"):
         for where in ("picture", "caption", "reconstructed"):
             metric = found.metrics[f"{where}.concept.{level}"]
@@ -64,6 +65,6 @@ def test_the_sweep_of_a_tiny_pipeline(tmp_path, monkeypatch):
     assert found.metrics["picture.concept.0"].value > 0.9
     assert found.metrics["picture.concept.1"].value < 0.6
     assert found.metrics["reconstructed.concept.0"].value > 0.9
-    again = measure_noise_spectrum(pipe, source, batch_size=30, **options)
+    again = measure_noise_spectrum(pipe, HeldOut(source, "train", batch_size=30), **options)
     for name, metric in again.metrics.items():
         assert metric.value == pytest.approx(found.metrics[name].value, abs=0.1), name

@@ -5,6 +5,7 @@ import torch
 
 from multimodal_dlm.datasets import open_manifest
 from multimodal_dlm.errors import DataError
+from multimodal_dlm.evaluation.held_out import HeldOut
 from multimodal_dlm.evaluation.measures.reconstruction import (
     foreground,
     measure_reconstruction,
@@ -49,7 +50,7 @@ class Rounding:
 def test_a_known_tokenizer_is_measured(tmp_path):
     source = open_manifest(write_squares(tmp_path)).sources["squares"]
     pipe = SimpleNamespace(image_tokenizer=Rounding())
-    found = measure_reconstruction(pipe, source, split="test", batch_size=2).metrics
+    found = measure_reconstruction(pipe, HeldOut(source, "test", batch_size=2)).metrics
     assert (found["psnr"].n, found["codes_used.0"].n) == (3, 3)
     assert found["codes_used.0"].value == pytest.approx(1 / 3)
     assert found["perplexity.0"].value == pytest.approx(1.0)
@@ -57,4 +58,4 @@ def test_a_known_tokenizer_is_measured(tmp_path):
     assert 10 < found["psnr"].value < found["psnr"].baselines["flat"] < 20
     assert found["foreground_psnr"].value < found["psnr"].value
     with pytest.raises(DataError, match="split `val`"):
-        measure_reconstruction(pipe, source, split="val")
+        measure_reconstruction(pipe, HeldOut(source, "val"))

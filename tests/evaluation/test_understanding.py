@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from multimodal_dlm.errors import DataError
+from multimodal_dlm.evaluation.held_out import HeldOut
 from multimodal_dlm.evaluation.measures.answers import confusion, measure_answers
 from multimodal_dlm.evaluation.measures.captions import measure_captions
 from multimodal_dlm.evaluation.measures.lengths import measure_lengths
@@ -33,7 +34,7 @@ class Oracle:
 
 def test_answers_of_a_known_reader(source):
     oracle = Oracle()
-    found = measure_answers(oracle, source, split="test", batch_size=4)
+    found = measure_answers(oracle, HeldOut(source, "test", batch_size=4))
     assert oracle.batches == [4, 2]
     metrics = found.metrics
     assert metrics["accuracy.color"].value == 1.0
@@ -58,26 +59,26 @@ def test_confusion_counts_by_hand():
 
 
 def test_captions_of_a_known_reader_and_its_neighbors(source):
-    exact = measure_captions(Oracle(), source, split="test").metrics["exact"]
+    exact = measure_captions(Oracle(), HeldOut(source, "test")).metrics["exact"]
     assert (exact.value, exact.n) == (1.0, 3)
     assert exact.baselines["nearest_neighbour"] == 1.0
     assert exact.baselines["majority"] == pytest.approx(1 / 3)
 
 
 def test_limit(source):
-    assert measure_answers(Oracle(), source, split="test", limit=2).metrics["accuracy"].n == 2
-    assert measure_captions(Oracle(), source, split="test", limit=1).metrics["exact"].n == 1
+    assert measure_answers(Oracle(), HeldOut(source, "test", limit=2)).metrics["accuracy"].n == 2
+    assert measure_captions(Oracle(), HeldOut(source, "test", limit=1)).metrics["exact"].n == 1
 
 
 def test_unknown_split_is_a_data_error(source):
     with pytest.raises(DataError, match=r"split `val`.*`train`"):
-        measure_answers(Oracle(), source, split="val")
+        measure_answers(Oracle(), HeldOut(source, "val"))
 
 
 def test_a_real_pipeline_is_measured(source):
     pipe = UnifiedImageToTextPipeline(**tiny_components())
     pipe.set_progress_bar_config(disable=True)
-    result = measure_answers(pipe, source, split="test", limit=4, batch_size=2)
+    result = measure_answers(pipe, HeldOut(source, "test", limit=4, batch_size=2))
     assert result.metrics["accuracy"].n == 4
 
 
@@ -89,24 +90,24 @@ class Cutting:
         layout = {"max_window": {"text": 8}}
         self.processor = SimpleNamespace(encode_text=list, layout=layout)
 
-    def __call__(self, images, gen_length):
+    def __call__(self, images, *, gen_length):
         return SimpleNamespace(texts=[self.texts[: gen_length - 1] for _ in images])
 
 
 def test_lengths_compare_captions_that_fit(source):
-    short = measure_lengths(Cutting("abc"), source, split="test", lengths=(4, 8)).metrics
+    short = measure_lengths(Cutting("abc"), HeldOut(source, "test"), lengths=(4, 8)).metrics
     assert short["same_as_longest.4"].value == 1.0
     assert (short["same_at_all"].value, short["same_at_all"].n) == (1.0, 3)
     # Cut to 8 positions, and no caption fits in 4.
-    long = measure_lengths(Cutting("abcdef"), source, split="test", lengths=(4, 24)).metrics
+    long = measure_lengths(Cutting("abcdef"), HeldOut(source, "test"), lengths=(4, 24)).metrics
     assert long == {}
 
 
 def test_lengths_notice_a_caption_that_changes(source):
     class Fickle(Cutting):
-        def __call__(self, images, gen_length):
+        def __call__(self, images, *, gen_length):
             return SimpleNamespace(texts=[f"{gen_length}" for _ in images])
 
-    found = measure_lengths(Fickle(""), source, split="test", lengths=(4, 8)).metrics
+    found = measure_lengths(Fickle(""), HeldOut(source, "test"), lengths=(4, 8)).metrics
     assert found["same_as_longest.4"].value == 0.0
     assert found["same_at_all"].value == 0.0

@@ -1,17 +1,16 @@
 """Answers to the questions of held-out pictures, beside answering without looking."""
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import islice
-from typing import Any
 
 from PIL import Image
 
-from multimodal_dlm.datasets.manifest import Source
-from multimodal_dlm.datasets.reading import ShardReader, iterate_samples
+from multimodal_dlm.datasets.reading import iterate_samples
 from multimodal_dlm.errors import DataError
 from multimodal_dlm.evaluation.baselines import BlindAnswers
+from multimodal_dlm.evaluation.held_out import HeldOut
 from multimodal_dlm.evaluation.measurement import (
     Measurement,
     Metric,
@@ -49,12 +48,7 @@ class Question:
 @register_measure("answers", "UnifiedImageToTextPipeline")
 def measure_answers(
     pipeline: UnifiedImageToTextPipeline,
-    source: Source,
-    *,
-    split: str,
-    limit: int | None = None,
-    batch_size: int = 64,
-    seed: int = 0,
+    data: HeldOut,
 ) -> Measurement:
     """Exact match of the answers, in all and by question type.
 
@@ -63,29 +57,19 @@ def measure_answers(
 
     Args:
         pipeline: Answers the questions.
-        source: Dataset with questions.
-        split: Held-out split.
-        limit: Questions at most.
-        batch_size: Questions at once.
-        seed: Of the bootstrap.
+        data: Held-out questions; `limit` counts questions.
 
     Raises:
         DataError: When the split has no question.
     """
-    asked = list(islice(list_questions(source, split), limit))
-    if not asked:
-        raise DataError(f"`{source.name}` has no question in split `{split}`.")
-    answer: Any = pipeline
-    texts: list[str] = []
-    for first in range(0, len(asked), batch_size):
-        part = asked[first : first + batch_size]
-        texts += answer([q.image for q in part], [q.question for q in part]).texts
+    asked = list_questions(data)
+    texts = data.texts(pipeline, [q.image for q in asked], [q.question for q in asked])
     right = [exact_match(text, q.answer) for text, q in zip(texts, asked, strict=True)]
-    baselines = _baselines(source, asked)
+    baselines = _baselines(data, asked)
     kinds = sorted({q.kind for q in asked})
-    metrics = {"accuracy": _accuracy(asked, right, baselines, None, seed)}
+    metrics = {"accuracy": _accuracy(asked, right, baselines, None, data.seed)}
     for kind in kinds:
-        metrics[f"accuracy.{kind}"] = _accuracy(asked, right, baselines, kind, seed)
+        metrics[f"accuracy.{kind}"] = _accuracy(asked, right, baselines, kind, data.seed)
     tables = {}
     for kind in kinds:
         rows = [(q, t) for q, t in zip(asked, texts, strict=True) if q.kind == kind]
@@ -135,11 +119,9 @@ def _accuracy(
     )
 
 
-def _baselines(source: Source, asked: Sequence[Question]) -> dict[str, list[bool]]:
+def _baselines(data: HeldOut, asked: Sequence[Question]) -> dict[str, list[bool]]:
     """Right answers of the baselines; none when the dataset has no training questions."""
-    if not source.count("train"):
-        return {}
-    reader = ShardReader(source.splits["train"], source=source.name)
+    reader = data.reader("train")
     records = (reader.record(index) for index in range(len(reader)))
     pairs = [(pair.question, pair.answer) for record in records for pair in record.qa]
     if not pairs:
@@ -151,13 +133,21 @@ def _baselines(source: Source, asked: Sequence[Question]) -> dict[str, list[bool
     }
 
 
-def list_questions(source: Source, split: str) -> Iterator[Question]:
-    """Every question of a split, picture by picture."""
-    for number, sample in enumerate(iterate_samples(source, split)):
-        if sample.record.qa:
-            image = Image.fromarray(sample.image)
-            for pair in sample.record.qa:
-                yield Question(image, number, pair.question, pair.answer, pair.type)
+def list_questions(data: HeldOut) -> list[Question]:
+    """The questions of a split, picture by picture, at most `data.limit`.
+
+    Raises:
+        DataError: When there is none.
+    """
+    questions = (
+        Question(Image.fromarray(sample.image), number, pair.question, pair.answer, pair.type)
+        for number, sample in enumerate(iterate_samples(data.source, data.split))
+        for pair in sample.record.qa
+    )
+    asked = list(islice(questions, data.limit))
+    if not asked:
+        raise DataError(f"`{data.source.name}` has no question in split `{data.split}`.")
+    return asked
 
 
 def _spread(count: int, wanted: int) -> list[int]:

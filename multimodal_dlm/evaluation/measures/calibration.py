@@ -2,17 +2,13 @@
 
 import math
 from collections.abc import Sequence
-from itertools import islice
-from typing import Any
 
 import numpy as np
-import torch
 from jaxtyping import Float
 
-from multimodal_dlm.datasets.manifest import Source
-from multimodal_dlm.errors import DataError
 from multimodal_dlm.evaluation.bootstrap import LEVEL, bootstrap_weights, percentiles
 from multimodal_dlm.evaluation.encoding import encode_images
+from multimodal_dlm.evaluation.held_out import HeldOut
 from multimodal_dlm.evaluation.measurement import (
     Curve,
     Measurement,
@@ -31,12 +27,8 @@ NUM_DRAWS = 8
 @register_measure("calibration", "UnifiedImageToTextPipeline")
 def measure_calibration(
     pipeline: UnifiedImageToTextPipeline,
-    source: Source,
+    data: HeldOut,
     *,
-    split: str,
-    limit: int | None = 500,
-    batch_size: int = 64,
-    seed: int = 0,
     num_draws: int = NUM_DRAWS,
 ) -> Measurement:
     """Expected calibration error of the answers (Guo et al. 2017, arXiv 1706.04599, Eq. 3).
@@ -46,39 +38,28 @@ def measure_calibration(
 
     Args:
         pipeline: Answers the questions.
-        source: Dataset with questions.
-        split: Held-out split.
-        limit: Questions at most.
-        batch_size: Questions, or masks, at once.
-        seed: Of the masks and the bootstrap.
+        data: Held-out questions; `limit` counts questions.
         num_draws: Masks of each answer.
 
     Raises:
         DataError: When the split has no question.
     """
-    asked = list(islice(list_questions(source, split), limit))
-    if not asked:
-        raise DataError(f"`{source.name}` has no question in split `{split}`.")
-    codes = encode_images(pipeline, [np.asarray(q.image) for q in asked], batch_size)
-    answer: Any = pipeline
-    texts: list[str] = []
-    for first in range(0, len(asked), batch_size):
-        part = slice(first, first + batch_size)
-        grids = tuple(level[part] for level in codes)
-        texts += answer(codes=grids, question=[q.question for q in asked[part]]).texts
+    asked = list_questions(data)
+    images, questions = [q.image for q in asked], [q.question for q in asked]
+    texts = data.texts(pipeline, images, questions)
     estimates = pipeline.score(
         "vqa",
-        codes=codes,
+        codes=encode_images(pipeline, images, data.batch_size),
         text=texts,
-        question=[q.question for q in asked],
-        generator=[torch.Generator().manual_seed(seed + row) for row in range(len(asked))],
+        question=questions,
+        generator=data.generators(slice(0, len(asked))),
         num_draws=num_draws,
-        batch_size=batch_size,
+        batch_size=data.batch_size,
     )
     confidence = np.array([min(1.0, math.exp(-estimate.value)) for estimate in estimates])
     pairs = zip(texts, asked, strict=True)
     right = np.array([float(exact_match(text, q.answer)) for text, q in pairs])
-    weights = bootstrap_weights(len(asked), seed=seed)
+    weights = bootstrap_weights(len(asked), seed=data.seed)
     drawn = np.array([calibration_error(confidence, right, row) for row in weights])
     low, high = percentiles(drawn, LEVEL)
     error = calibration_error(confidence, right)
@@ -90,7 +71,7 @@ def measure_calibration(
         {
             "calibration_error": Metric(error, low, high, len(asked)),
             "confidence": mean_metric(
-                confidence.tolist(), baselines={"accuracy": float(right.mean())}, seed=seed
+                confidence.tolist(), baselines={"accuracy": float(right.mean())}, seed=data.seed
             ),
         },
         curves={"confidence and accuracy": curve},

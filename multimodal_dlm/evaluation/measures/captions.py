@@ -1,13 +1,11 @@
 """Captions of held-out pictures, beside the names of the nearest training pictures."""
 
 from collections import Counter
-from typing import Any
 
 from PIL import Image
 
-from multimodal_dlm.datasets.manifest import Source
-from multimodal_dlm.datasets.reading import first_samples, iterate_samples
 from multimodal_dlm.evaluation.baselines import NearestPictures, pixel_features
+from multimodal_dlm.evaluation.held_out import HeldOut
 from multimodal_dlm.evaluation.measurement import Measurement, mean_metric, register_measure
 from multimodal_dlm.evaluation.sheets import contact_sheet
 from multimodal_dlm.evaluation.text_metrics import exact_match, name_of_caption, name_of_sample
@@ -19,12 +17,7 @@ NUM_SHOWN = 18
 @register_measure("captions", "UnifiedImageToTextPipeline")
 def measure_captions(
     pipeline: UnifiedImageToTextPipeline,
-    source: Source,
-    *,
-    split: str,
-    limit: int | None = None,
-    batch_size: int = 64,
-    seed: int = 0,
+    data: HeldOut,
 ) -> Measurement:
     """Share of captions with the exact name of what the picture shows.
 
@@ -33,27 +26,19 @@ def measure_captions(
 
     Args:
         pipeline: Describes the pictures.
-        source: Dataset with captions; the truth is the record's concept, else the name in its first
-            caption.
-        split: Held-out split.
-        limit: Pictures at most.
-        batch_size: Pictures at once.
-        seed: Of the bootstrap.
+        data: Pictures whose truth is the record's concept, else the name in its first caption.
 
     Raises:
         DataError: When the split is empty.
     """
-    samples = first_samples(source, split, limit)
+    samples = data.samples()
+    images = [Image.fromarray(sample.image) for sample in samples]
     truths = [name_of_sample(sample) for sample in samples]
-    describe: Any = pipeline
-    captions: list[str] = []
-    for first in range(0, len(samples), batch_size):
-        part = samples[first : first + batch_size]
-        captions += describe([Image.fromarray(sample.image) for sample in part]).texts
+    captions = data.texts(pipeline, images)
     right = _right([name_of_caption(caption) for caption in captions], truths)
     baselines = {}
-    if source.count("train"):
-        train = list(iterate_samples(source, "train"))
+    train = list(data.reader("train"))
+    if train:
         labels = [name_of_sample(sample) for sample in train]
         nearest = NearestPictures(pixel_features([sample.image for sample in train]), labels)
         found = nearest.nearest(pixel_features([sample.image for sample in samples]))
@@ -62,7 +47,7 @@ def measure_captions(
         baselines["majority"] = _right([most] * len(truths), truths)
     shown = slice(0, NUM_SHOWN)
     sheet = contact_sheet(
-        [Image.fromarray(sample.image) for sample in samples[shown]],
+        images[shown],
         [
             f"{text} (true: {truth})"
             for text, truth in zip(captions[shown], truths[shown], strict=True)
@@ -70,7 +55,7 @@ def measure_captions(
         columns=6,
     )
     return Measurement(
-        {"exact": mean_metric(right, baselines=baselines, seed=seed)}, {"captions": sheet}
+        {"exact": mean_metric(right, baselines=baselines, seed=data.seed)}, {"captions": sheet}
     )
 
 

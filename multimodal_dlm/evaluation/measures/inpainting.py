@@ -8,12 +8,11 @@ from jaxtyping import Float
 from PIL import Image
 from torch import Tensor
 
-from multimodal_dlm.datasets.manifest import Source
-from multimodal_dlm.datasets.reading import first_samples
+from multimodal_dlm.evaluation.held_out import HeldOut
 from multimodal_dlm.evaluation.measurement import Measurement, mean_metric, register_measure
 from multimodal_dlm.evaluation.sheets import grid_sheet
 from multimodal_dlm.pipelines import UnifiedInpaintPipeline
-from multimodal_dlm.pipelines.pixels import to_pixels
+from multimodal_dlm.pipelines.pixels import from_pixels, to_pixels
 
 NUM_SHOWN = 6
 
@@ -22,12 +21,7 @@ NUM_SHOWN = 6
 @torch.no_grad()
 def measure_inpainting(
     pipeline: UnifiedInpaintPipeline,
-    source: Source,
-    *,
-    split: str,
-    limit: int | None = None,
-    batch_size: int = 32,
-    seed: int = 0,
+    data: HeldOut,
 ) -> Measurement:
     """PSNR inside a hole of a quarter of the picture, given the rest and the caption, in decibels.
 
@@ -37,27 +31,21 @@ def measure_inpainting(
 
     Args:
         pipeline: Fills the holes.
-        source: Dataset with pictures and captions.
-        split: Held-out split.
-        limit: Pictures at most.
-        batch_size: Pictures at once.
-        seed: Of the holes, the fillings and the bootstrap; picture i is drawn with seed + i.
+        data: Pictures with captions.
 
     Raises:
         DataError: When the split has no picture.
     """
-    samples = first_samples(source, split, limit)
+    samples = data.samples()
     side = pipeline.image_size
-    holes = hole_masks(len(samples), side, seed)
+    holes = hole_masks(len(samples), side, data.seed)
     fill: Any = pipeline
-    rows: dict[str, list[float]] = {"model": [], "flat": [], "tokenizer": []}
+    found: dict[str, list[float]] = {"model": [], "flat": [], "tokenizer": []}
     shown: list[list[tuple[Image.Image, str]]] = []
-    for first in range(0, len(samples), batch_size):
-        part = samples[first : first + batch_size]
-        mask = holes[first : first + batch_size]
+    for rows in data.batches(len(samples)):
+        part, mask = samples[rows], holes[rows]
         pixels = to_pixels([sample.image for sample in part], side)
-        seeds = range(seed + first, seed + first + len(part))
-        generators = [torch.Generator().manual_seed(number) for number in seeds]
+        generators = data.generators(rows)
         captions = [sample.record.captions[0] for sample in part]
         filled = fill(captions, pixels, mask, generator=generators, output_type="pt").images.cpu()
         tokenizer = pipeline.image_tokenizer
@@ -65,15 +53,17 @@ def measure_inpainting(
         around = (pixels * ~mask).sum(dim=(2, 3)) / (~mask).sum(dim=(2, 3))
         flat = around[:, :, None, None].expand_as(pixels)
         for name, guess in (("model", filled), ("flat", flat), ("tokenizer", ceiling)):
-            rows[name] += hole_psnr(pixels, guess, mask)
-        if first == 0:
-            gray = torch.where(mask, 0.5, pixels)
-            for given, made, truth in list(zip(gray, filled, pixels, strict=True))[:NUM_SHOWN]:
-                shown.append([(_picture(given), "hole"), (_picture(made), "filled"),
-                              (_picture(truth), "true")])  # fmt: skip
-    baselines = {"flat": rows["flat"], "tokenizer": rows["tokenizer"]}
+            found[name] += hole_psnr(pixels, guess, mask)
+        if not shown:
+            kinds = {"hole": torch.where(mask, 0.5, pixels), "filled": filled, "true": pixels}
+            lists = [
+                [(picture, kind) for picture in from_pixels(some[:NUM_SHOWN].clamp(0, 1), "pil")]
+                for kind, some in kinds.items()
+            ]
+            shown = [list(triple) for triple in zip(*lists, strict=True)]
+    baselines = {"flat": found["flat"], "tokenizer": found["tokenizer"]}
     sheet = grid_sheet([sum(shown[:3], []), sum(shown[3:], [])][: 1 + (len(shown) > 3)], cell=96)
-    metric = mean_metric(rows["model"], baselines=baselines, seed=seed)
+    metric = mean_metric(found["model"], baselines=baselines, seed=data.seed)
     return Measurement({"hole_psnr": metric}, {"holes": sheet})
 
 
@@ -95,8 +85,3 @@ def hole_psnr(
     error = (pixels - other).pow(2) * mask
     mean = error.sum(dim=(1, 2, 3)) / (3 * mask.sum(dim=(1, 2, 3)))
     return (-10 * mean.clamp(min=1e-6).log10()).tolist()
-
-
-def _picture(pixels: Float[Tensor, "3 height width"]) -> Image.Image:
-    array = (pixels.clamp(0, 1) * 255).round().byte().permute(1, 2, 0).numpy()
-    return Image.fromarray(array)

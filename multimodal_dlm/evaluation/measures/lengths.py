@@ -1,12 +1,10 @@
 """Whether a greedy caption depends on the positions it is given."""
 
 from collections.abc import Sequence
-from typing import Any
 
 from PIL import Image
 
-from multimodal_dlm.datasets.manifest import Source
-from multimodal_dlm.datasets.reading import first_samples
+from multimodal_dlm.evaluation.held_out import HeldOut
 from multimodal_dlm.evaluation.measurement import (
     Measurement,
     Metric,
@@ -19,12 +17,8 @@ from multimodal_dlm.pipelines import UnifiedImageToTextPipeline
 @register_measure("lengths", "UnifiedImageToTextPipeline")
 def measure_lengths(
     pipeline: UnifiedImageToTextPipeline,
-    source: Source,
+    data: HeldOut,
     *,
-    split: str,
-    limit: int | None = None,
-    batch_size: int = 64,
-    seed: int = 0,
     lengths: Sequence[int] = (8, 16, 24),
 ) -> Measurement:
     """Share of pictures whose caption is the same at every `gen_length`.
@@ -35,26 +29,16 @@ def measure_lengths(
 
     Args:
         pipeline: Describes the pictures, greedily.
-        source: Dataset with pictures.
-        split: Split to measure.
-        limit: Pictures at most.
-        batch_size: Pictures at once.
-        seed: Of the bootstrap.
+        data: Pictures.
         lengths: Values of `gen_length`; those beyond the model's text window are cut to it.
 
     Raises:
         DataError: When the split is empty.
     """
-    samples = first_samples(source, split, limit)
-    images = [Image.fromarray(sample.image) for sample in samples]
-    describe: Any = pipeline
+    images = [Image.fromarray(sample.image) for sample in data.samples()]
     limit_tokens = pipeline.processor.layout["max_window"]["text"]
     lengths = sorted({min(length, limit_tokens) for length in lengths})
-    texts: dict[int, list[str]] = {length: [] for length in lengths}
-    for length in lengths:
-        for first in range(0, len(images), batch_size):
-            part = images[first : first + batch_size]
-            texts[length] += describe(part, gen_length=length).texts
+    texts = {length: data.texts(pipeline, images, gen_length=length) for length in lengths}
     longest = texts[lengths[-1]]
     sizes = [len(pipeline.processor.encode_text(text)) + 1 for text in longest]
     metrics: dict[str, Metric] = {}
@@ -62,9 +46,9 @@ def measure_lengths(
         fits = [i for i, size in enumerate(sizes) if size <= length]
         same = [float(texts[length][i] == longest[i]) for i in fits]
         if same:
-            metrics[f"same_as_longest.{length}"] = mean_metric(same, seed=seed)
+            metrics[f"same_as_longest.{length}"] = mean_metric(same, seed=data.seed)
     fits = [i for i, size in enumerate(sizes) if size <= lengths[0]]
     same = [float(all(texts[length][i] == longest[i] for length in lengths)) for i in fits]
     if same:
-        metrics["same_at_all"] = mean_metric(same, seed=seed)
+        metrics["same_at_all"] = mean_metric(same, seed=data.seed)
     return Measurement(metrics)

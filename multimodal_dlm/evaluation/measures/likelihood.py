@@ -4,14 +4,12 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
-import torch
 from jaxtyping import Float
 
-from multimodal_dlm.datasets.manifest import Source
-from multimodal_dlm.datasets.reading import first_samples
 from multimodal_dlm.errors import DataError
 from multimodal_dlm.evaluation.bootstrap import LEVEL, bootstrap_weights, percentiles
 from multimodal_dlm.evaluation.encoding import encode_images
+from multimodal_dlm.evaluation.held_out import HeldOut
 from multimodal_dlm.evaluation.measurement import (
     Measurement,
     Metric,
@@ -27,12 +25,8 @@ NUM_DRAWS = 16
 @register_measure("likelihood", "UnifiedImageToTextPipeline")
 def measure_likelihood(
     pipeline: UnifiedPipeline,
-    source: Source,
+    data: HeldOut,
     *,
-    split: str,
-    limit: int | None = None,
-    batch_size: int = 64,
-    seed: int = 0,
     num_draws: int = NUM_DRAWS,
 ) -> Measurement:
     """Nats a row of text given picture, picture given text and both; AUC of matched pairs.
@@ -44,27 +38,23 @@ def measure_likelihood(
 
     Args:
         pipeline: Any pipeline of this package.
-        source: Dataset with pictures and captions.
-        split: Held-out split.
-        limit: Pictures at most.
-        batch_size: Masks at once.
-        seed: Of the masks, the mismatched pairs and the bootstrap.
+        data: Pictures with captions; `batch_size` counts masks.
         num_draws: Masks per row and estimate.
 
     Raises:
         DataError: When the split has fewer than two pictures of different names.
     """
-    samples = first_samples(source, split, limit)
+    samples = data.samples()
     names = [name_of_sample(sample) for sample in samples]
-    others = mismatched(names, seed)
-    codes = encode_images(pipeline, [sample.image for sample in samples], batch_size)
+    others = mismatched(names, data.seed)
+    codes = encode_images(pipeline, [sample.image for sample in samples], data.batch_size)
     texts = [sample.record.captions[0] for sample in samples]
-    options: dict[str, Any] = {"num_draws": num_draws, "batch_size": batch_size}
+    options: dict[str, Any] = {"num_draws": num_draws, "batch_size": data.batch_size}
 
     def score(task: str, **given: Any) -> list[float]:
         # The same masks for the same row: pairs differ by their picture and text alone.
-        rows = [torch.Generator().manual_seed(seed + row) for row in range(len(samples))]
-        estimates = pipeline.score(task, generator=rows, **options, **given)
+        generators = data.generators(slice(0, len(samples)))
+        estimates = pipeline.score(task, generator=generators, **options, **given)
         return [estimate.value for estimate in estimates]
 
     matched = score("caption", codes=codes, text=texts)
@@ -78,14 +68,14 @@ def measure_likelihood(
     plain = [-value for value in matched], [-value for value in mismatched_pairs]
     return Measurement(
         {
-            "auc": area_metric(*gains, baselines={"chance": 0.5}, seed=seed),
-            "auc_text_alone": area_metric(*plain, baselines={"chance": 0.5}, seed=seed),
+            "auc": area_metric(*gains, baselines={"chance": 0.5}, seed=data.seed),
+            "auc_text_alone": area_metric(*plain, baselines={"chance": 0.5}, seed=data.seed),
             "text_given_image_nats": mean_metric(
-                matched, baselines={"without_image": alone}, seed=seed
+                matched, baselines={"without_image": alone}, seed=data.seed
             ),
-            "text_nats": mean_metric(alone, seed=seed),
-            "image_given_text_nats": mean_metric(pictures, seed=seed),
-            "joint_nats": mean_metric(joint, seed=seed),
+            "text_nats": mean_metric(alone, seed=data.seed),
+            "image_given_text_nats": mean_metric(pictures, seed=data.seed),
+            "joint_nats": mean_metric(joint, seed=data.seed),
         }
     )
 

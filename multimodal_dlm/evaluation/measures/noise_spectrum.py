@@ -7,10 +7,9 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from multimodal_dlm.canvas import Canvas, noise_levels
-from multimodal_dlm.datasets.manifest import Source
-from multimodal_dlm.datasets.reading import first_samples
 from multimodal_dlm.diffusion.masking import exact_count_mask
 from multimodal_dlm.evaluation.encoding import encode_images
+from multimodal_dlm.evaluation.held_out import HeldOut
 from multimodal_dlm.evaluation.measurement import (
     Curve,
     Measurement,
@@ -30,12 +29,8 @@ TEXT_LENGTH = 8
 @torch.no_grad()
 def measure_noise_spectrum(
     pipeline: UnifiedTextToImagePipeline,
-    source: Source,
+    data: HeldOut,
     *,
-    split: str,
-    limit: int | None = 1000,
-    batch_size: int = 64,
-    seed: int = 0,
     attributes: Sequence[str] = ("group", "style", "background"),
     num_levels: int = 9,
 ) -> Measurement:
@@ -50,46 +45,44 @@ def measure_noise_spectrum(
 
     Args:
         pipeline: Any text-to-image pipeline.
-        source: Dataset whose records have the attributes in their meta.
-        split: Split to measure.
-        limit: Pictures at most.
-        batch_size: Pictures at once.
-        seed: Of masks and folds.
+        data: Pictures whose records have the attributes in their meta.
         attributes: Entries of the meta.
         num_levels: Levels from 0 to 1, at least 2.
 
     Raises:
         DataError: When an attribute has fewer than two frequent values.
     """
-    samples = first_samples(source, split, limit)
-    codes = encode_images(pipeline, [sample.image for sample in samples], batch_size)
+    samples = data.samples()
+    codes = encode_images(pipeline, [sample.image for sample in samples], data.batch_size)
     labels = {
         name: encode_labels([str(sample.record.meta.get(name)) for sample in samples])
         for name in attributes
     }
     levels = [round(place / (num_levels - 1), 4) for place in range(num_levels)]
-    states = [_sweep(pipeline, codes, level, batch_size, seed) for level in levels]
+    states = [_sweep(pipeline, codes, level, data) for level in levels]
     metrics: dict[str, Metric] = {}
     lines: dict[str, dict[str, list[float]]] = {"accuracy": {}, "nats": {}, "reconstructed": {}}
     for name, (rows, classes) in labels.items():
         majority = float(torch.bincount(classes).max()) / len(rows)
         for level, state in zip(levels, states, strict=True):
             for where, vectors in (("picture", state.picture), ("caption", state.caption)):
-                found = probe(vectors[rows], classes, seed=seed)
-                accuracy = mean_metric(found.right, baselines={"majority": majority}, seed=seed)
+                found = probe(vectors[rows], classes, seed=data.seed)
+                accuracy = mean_metric(
+                    found.right, baselines={"majority": majority}, seed=data.seed
+                )
                 metrics[f"{where}.{name}.{level:g}"] = accuracy
                 label = f"{name}, {where}"
                 lines["accuracy"].setdefault(label, []).append(accuracy.value)
                 lines["nats"].setdefault(label, []).append(found.information)
             # Probes of clean pictures read what one step makes of the noisy ones.
-            read = probe(states[0].picture[rows], classes, seed=seed, other=state.filled[rows])
+            read = probe(states[0].picture[rows], classes, seed=data.seed, other=state.filled[rows])
             hits = [a == b for a, b in zip(read.predicted or [], classes.tolist(), strict=True)]
-            again = mean_metric(hits, baselines={"majority": majority}, seed=seed)
+            again = mean_metric(hits, baselines={"majority": majority}, seed=data.seed)
             metrics[f"reconstructed.{name}.{level:g}"] = again
             lines["reconstructed"].setdefault(name, []).append(again.value)
     masked = list(zip(levels, states, strict=True))[1:]
     for level, state in masked:
-        metrics[f"codes_right.{level:g}"] = mean_metric(state.codes_right, seed=seed)
+        metrics[f"codes_right.{level:g}"] = mean_metric(state.codes_right, seed=data.seed)
     lines["reconstructed"]["codes right"] = [1.0, *(sum(s.codes_right) / len(s.codes_right)
                                                     for _, s in masked)]  # fmt: skip
     titles = {
@@ -120,13 +113,13 @@ class _States:
 
 
 def _sweep(
-    pipeline: UnifiedTextToImagePipeline, codes: Codes, level: float, batch_size: int, seed: int
+    pipeline: UnifiedTextToImagePipeline, codes: Codes, level: float, data: HeldOut
 ) -> _States:
     """States of every picture with the share `level` of its codes masked."""
     processor, states = pipeline.processor, _States()
     parts: dict[str, list[Tensor]] = {"picture": [], "caption": [], "filled": []}
-    for first in range(0, len(codes[0]), batch_size):
-        batch = tuple(grid[first : first + batch_size] for grid in codes)
+    for part in data.batches(len(codes[0])):
+        batch = tuple(grid[part] for grid in codes)
         clean = _with_codes(processor, batch).to(pipeline.device)
         is_image = torch.isin(
             clean.window_ids, torch.tensor(processor.image_windows, device=clean.device)
@@ -136,9 +129,9 @@ def _sweep(
             exact_count_mask(
                 is_image[row : row + 1].cpu(),
                 counts[row : row + 1].cpu(),
-                generator=torch.Generator().manual_seed(seed + first + row),
+                generator=generator,
             )
-            for row in range(clean.batch_size)
+            for row, generator in enumerate(data.generators(part))
         ]
         masked = torch.cat(rows).to(clean.device)
         mask_id = processor.vocabulary.mask_token_id("image")

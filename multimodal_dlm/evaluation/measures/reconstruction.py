@@ -2,11 +2,9 @@
 
 import torch
 from jaxtyping import Float
-from PIL import Image
 from torch import Tensor
 
-from multimodal_dlm.datasets.manifest import Source
-from multimodal_dlm.datasets.reading import first_samples
+from multimodal_dlm.evaluation.held_out import HeldOut
 from multimodal_dlm.evaluation.measurement import (
     Measurement,
     Metric,
@@ -15,7 +13,7 @@ from multimodal_dlm.evaluation.measurement import (
 )
 from multimodal_dlm.evaluation.sheets import grid_sheet
 from multimodal_dlm.pipelines.pipeline_base import UnifiedPipeline
-from multimodal_dlm.pipelines.pixels import to_pixels
+from multimodal_dlm.pipelines.pixels import from_pixels, to_pixels
 from multimodal_dlm.tokenizers.quantizers import codebook_perplexity, codebook_usage
 
 BACKGROUND_TOLERANCE = 0.02
@@ -50,12 +48,7 @@ def foreground(pixels: Float[Tensor, "batch 3 height width"]) -> Tensor:
 @torch.no_grad()
 def measure_reconstruction(
     pipeline: UnifiedPipeline,
-    source: Source,
-    *,
-    split: str,
-    limit: int | None = None,
-    batch_size: int = 64,
-    seed: int = 0,
+    data: HeldOut,
 ) -> Measurement:
     """PSNR and foreground PSNR in decibels, codes used and their perplexity, by level.
 
@@ -63,21 +56,17 @@ def measure_reconstruction(
 
     Args:
         pipeline: Gives the image tokenizer.
-        source: Dataset with pictures.
-        split: Split to measure.
-        limit: Pictures at most.
-        batch_size: Pictures at once.
-        seed: Of the bootstrap.
+        data: Pictures.
 
     Raises:
         DataError: When the split has no picture.
     """
     tokenizer = pipeline.image_tokenizer
-    images = [sample.image for sample in first_samples(source, split, limit)]
+    images = [sample.image for sample in data.samples()]
     rows: dict[str, list[float]] = {"psnr": [], "foreground": [], "flat": [], "flat_front": []}
-    codes, shown = [], []
-    for first in range(0, len(images), batch_size):
-        pixels = to_pixels(images[first : first + batch_size], tokenizer.config["image_size"])
+    codes, shown = [], ()
+    for part in data.batches(len(images)):
+        pixels = to_pixels(images[part], tokenizer.config["image_size"])
         found = tokenizer.encode(pixels)
         back = tokenizer.decode(found)
         flat = pixels.mean(dim=(2, 3), keepdim=True).expand_as(pixels)
@@ -87,12 +76,15 @@ def measure_reconstruction(
         rows["flat"] += peak_signal_to_noise(pixels, flat).tolist()
         rows["flat_front"] += peak_signal_to_noise(pixels, flat, front).tolist()
         codes.append(found)
-        if first == 0:
-            shown = list(zip(pixels[:NUM_SHOWN], back[:NUM_SHOWN], strict=True))
+        if not shown:
+            shown = (
+                from_pixels(pixels[:NUM_SHOWN], "pil"),
+                from_pixels(back[:NUM_SHOWN].clamp(0, 1), "pil"),
+            )
     metrics = {
-        "psnr": mean_metric(rows["psnr"], baselines={"flat": rows["flat"]}, seed=seed),
+        "psnr": mean_metric(rows["psnr"], baselines={"flat": rows["flat"]}, seed=data.seed),
         "foreground_psnr": mean_metric(
-            rows["foreground"], baselines={"flat": rows["flat_front"]}, seed=seed
+            rows["foreground"], baselines={"flat": rows["flat_front"]}, seed=data.seed
         ),
     }
     levels = [torch.cat(level) for level in zip(*codes, strict=True)]
@@ -102,12 +94,7 @@ def measure_reconstruction(
             ("perplexity", codebook_perplexity(level, size)),
         ):
             metrics[f"{name}.{number}"] = Metric(float(measured), None, None, level.numel())
-    pairs = [[(_picture(given), "given"), (_picture(back), "decoded")] for given, back in shown]
+    pairs = [[(given, "given"), (back, "decoded")] for given, back in zip(*shown, strict=True)]
     half = -(-len(pairs) // 2)
     sheet = grid_sheet([sum(pairs[:half], []), sum(pairs[half:], [])], cell=96)
     return Measurement(metrics, {"given and decoded": sheet})
-
-
-def _picture(pixels: Float[Tensor, "3 height width"]) -> Image.Image:
-    array = (pixels.clamp(0, 1) * 255).round().byte().permute(1, 2, 0).cpu().numpy()
-    return Image.fromarray(array)

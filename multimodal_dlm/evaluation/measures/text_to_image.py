@@ -1,7 +1,7 @@
 """Pictures drawn from held-out captions: alignment, style, distribution, copies."""
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -9,10 +9,10 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from multimodal_dlm.datasets.manifest import Source
-from multimodal_dlm.datasets.reading import ShardReader, first_samples
 from multimodal_dlm.datasets.sampling import KeyedDraws
-from multimodal_dlm.datasets.schema import Record, Sample
+from multimodal_dlm.datasets.schema import Record
+from multimodal_dlm.evaluation.baselines import pixel_features
+from multimodal_dlm.evaluation.held_out import HeldOut
 from multimodal_dlm.evaluation.measurement import (
     Measurement,
     Metric,
@@ -21,9 +21,11 @@ from multimodal_dlm.evaluation.measurement import (
 )
 from multimodal_dlm.evaluation.picture_features import (
     PictureFeatures,
+    hits_of_own,
     kernel_distance,
+    kernel_distance_error,
     nearest_cosine,
-    rank_of_own,
+    nearest_difference,
 )
 from multimodal_dlm.evaluation.probes import LinearProbe
 from multimodal_dlm.evaluation.sheets import contact_sheet
@@ -35,86 +37,76 @@ NUM_SHOWN = 24
 @register_measure("text_to_image", "UnifiedTextToImagePipeline")
 def measure_text_to_image(
     pipeline: UnifiedTextToImagePipeline,
-    source: Source,
+    data: HeldOut,
     *,
-    split: str,
-    limit: int | None = 300,
-    batch_size: int = 16,
-    seed: int = 0,
     caption: int = 1,
     attributes: Sequence[str] = ("style", "group"),
-    num_train: int = 3000,
+    num_train: int | None = None,
 ) -> Measurement:
     """Draw held-out captions and compare with the real pictures, in EfficientNet-Lite0 features.
 
     `own_at_1` and `own_at_5`: the real picture of the caption is the nearest, or among the five
     nearest, of all real pictures drawn for (chance 1 / n, 5 / n). `ATTRIBUTE`: a linear probe,
     fitted to training pictures, reads the record's attribute off the drawn picture; `real` is the
-    same on the real ones, the ceiling. `kernel_distance` x 1000 to the real pictures, see
-    `kernel_distance`. `copy_distance`: cosine distance to the nearest of the training pictures
-    looked at; `real` is that of the real pictures. Baseline `nearest_neighbour` shows, for each
-    caption, the training picture whose caption shares most words with it.
+    same on the real ones, the ceiling. `kernel_distance` x 1000 to the real pictures, its interval
+    1.96 jackknife errors. `copy_distance`: cosine distance to the nearest training picture, and
+    `copy_distance_pixels` root mean square difference of pictures reduced to 16 x 16; `real` is
+    that of the real pictures: far below it would be copies. Baseline `nearest_neighbour` shows, for
+    each caption, the training picture whose caption shares most words with it.
 
     Args:
         pipeline: Draws the pictures with its default settings.
-        source: Dataset with pictures, captions and a training split.
-        split: Held-out split.
-        limit: Captions at most.
-        batch_size: Pictures at once.
-        seed: Caption i is drawn with seed + i; also of the choice of training pictures.
+        data: Captions and their pictures, at least 3; the dataset needs a training split.
         caption: Which of a record's captions is drawn; the last where there are fewer.
         attributes: Entries of the records' meta.
-        num_train: Training pictures that probes and distances look at.
+        num_train: Training pictures that probes and distances look at; None for all.
 
     Raises:
-        DataError: When a split is empty.
+        DataError: When the split is empty.
         ConfigError: When the weights of EfficientNet-Lite0 are not installed.
     """
-    samples = first_samples(source, split, limit)
+    samples = data.samples()
     prompts = [_caption(sample.record, caption) for sample in samples]
-    drawn = draw_pictures(pipeline, prompts, batch_size, seed)
-    reader = ShardReader(source.splits["train"], source=source.name)
-    order = KeyedDraws(seed, "text_to_image/train").permutation(len(reader))[:num_train]
+    drawn = draw_pictures(pipeline, prompts, data)
+    reader = data.reader("train")
+    order = KeyedDraws(data.seed, "text_to_image/train").permutation(len(reader))[:num_train]
     train = [reader[int(index)] for index in order]
-    nearest = nearest_by_words(
-        prompts, [_caption(reader.record(index), caption) for index in range(len(reader))]
-    )
-    copies = [reader[index].image for index in nearest]
-    features = PictureFeatures()
-    real = features([sample.image for sample in samples])
-    model, copied = features(drawn), features(copies)
-    known = features([sample.image for sample in train])
-    metrics = _alignment(model, copied, real, seed)
+    captions = [_caption(reader.record(index), caption) for index in range(len(reader))]
+    copies = [reader[index].image for index in nearest_by_words(prompts, captions)]
+    features = PictureFeatures(batch_size=data.batch_size)
+    pictures = {
+        "model": drawn,
+        "copied": copies,
+        "real": [sample.image for sample in samples],
+        "train": [sample.image for sample in train],
+    }
+    vectors = {name: features(some) for name, some in pictures.items()}
+    metrics = _alignment(vectors, data.seed)
     for name in attributes:
-        metrics[name] = _attribute(name, samples, train, model, copied, real, known, seed)
-    metrics["kernel_distance"] = Metric(
-        1000 * kernel_distance(model, real),
-        None,
-        None,
-        len(samples),
-        {"nearest_neighbour": 1000 * kernel_distance(copied, real),
-         "train": 1000 * kernel_distance(known[: len(samples)], real)},
-    )  # fmt: skip
-    metrics["copy_distance"] = mean_metric(
-        nearest_cosine(model, known), baselines={"real": nearest_cosine(real, known)}, seed=seed
-    )
-    shown = slice(0, NUM_SHOWN)
-    sheet = contact_sheet(
-        [Image.fromarray(picture) for picture in drawn[shown]], prompts[shown], columns=6
-    )
-    return Measurement(metrics, {"drawn": sheet})
+        labels, truths = (
+            [str(sample.record.meta.get(name)) for sample in rows] for rows in (train, samples)
+        )
+        probe = LinearProbe(vectors["train"], labels)
+        metrics[name] = _attribute(probe, truths, vectors, data.seed)
+    metrics["kernel_distance"] = _kernel_metric(vectors)
+    small = {name: torch.from_numpy(pixel_features(some)) for name, some in pictures.items()}
+    for name, distance, rows in (
+        ("copy_distance", nearest_cosine, vectors),
+        ("copy_distance_pixels", nearest_difference, small),
+    ):
+        baselines = {"real": distance(rows["real"], rows["train"])}
+        own = distance(rows["model"], rows["train"])
+        metrics[name] = mean_metric(own, baselines=baselines, seed=data.seed)
+    images = [Image.fromarray(picture) for picture in drawn[:NUM_SHOWN]]
+    return Measurement(metrics, {"drawn": contact_sheet(images, prompts[:NUM_SHOWN], columns=6)})
 
 
-def draw_pictures(
-    pipeline: Any, prompts: Sequence[str], batch_size: int, seed: int
-) -> list[np.ndarray]:
-    """One picture a prompt, prompt i with seed + i, uint8 (height, width, 3)."""
+def draw_pictures(pipeline: Any, prompts: Sequence[str], data: HeldOut) -> list[np.ndarray]:
+    """One picture a prompt, the same in any batch size, uint8 (height, width, 3)."""
     drawn: list[np.ndarray] = []
-    for first in range(0, len(prompts), batch_size):
-        part = list(prompts[first : first + batch_size])
-        seeds = range(seed + first, seed + first + len(part))
-        generators = [torch.Generator().manual_seed(number) for number in seeds]
-        drawn += [np.asarray(image) for image in pipeline(part, generator=generators).images]
+    for rows in data.batches(len(prompts)):
+        images = pipeline(list(prompts[rows]), generator=data.generators(rows)).images
+        drawn += [np.asarray(image) for image in images]
     return drawn
 
 
@@ -129,48 +121,45 @@ def nearest_by_words(prompts: Sequence[str], captions: Sequence[str]) -> list[in
     return found
 
 
-def _alignment(model: Tensor, copied: Tensor, real: Tensor, seed: int) -> dict[str, Metric]:
+def _alignment(vectors: Mapping[str, Tensor], seed: int) -> dict[str, Metric]:
     """Whether the real picture of the caption is among the nearest real pictures."""
-    own, copy = rank_of_own(model, real), rank_of_own(copied, real)
     metrics = {}
-    for k in (1, 5):
+    for count in (1, 5):
         baselines = {
-            "nearest_neighbour": [rank <= k for rank in copy],
-            "chance": min(1.0, k / len(own)),
+            "nearest_neighbour": hits_of_own(vectors["copied"], vectors["real"], count),
+            "chance": min(1.0, count / len(vectors["real"])),
         }
-        metrics[f"own_at_{k}"] = mean_metric(
-            [rank <= k for rank in own], baselines=baselines, seed=seed
-        )
+        own = hits_of_own(vectors["model"], vectors["real"], count)
+        metrics[f"own_at_{count}"] = mean_metric(own, baselines=baselines, seed=seed)
     return metrics
 
 
 def _attribute(
-    name: str,
-    samples: Sequence[Sample],
-    train: Sequence[Sample],
-    model: Tensor,
-    copied: Tensor,
-    real: Tensor,
-    known: Tensor,
-    seed: int,
+    probe: LinearProbe, truths: Sequence[str], vectors: Mapping[str, Tensor], seed: int
 ) -> Metric:
     """Share of drawn pictures off which a probe reads the true attribute."""
-    probe = LinearProbe(known, [str(sample.record.meta.get(name)) for sample in train])
-    truths = [str(sample.record.meta.get(name)) for sample in samples]
 
-    def right(features: Tensor) -> list[bool]:
-        return [a == b for a, b in zip(probe.predict(features), truths, strict=True)]
+    def right(name: str) -> list[bool]:
+        return [a == b for a, b in zip(probe.predict(vectors[name]), truths, strict=True)]
 
-    majority = Counter(truths).most_common(1)[0][1] / len(truths)
-    return mean_metric(
-        right(model),
-        baselines={
-            "nearest_neighbour": right(copied),
-            "majority": majority,
-            "real": right(real),
-        },
-        seed=seed,
-    )
+    baselines = {
+        "nearest_neighbour": right("copied"),
+        "majority": Counter(truths).most_common(1)[0][1] / len(truths),
+        "real": right("real"),
+    }
+    return mean_metric(right("model"), baselines=baselines, seed=seed)
+
+
+def _kernel_metric(vectors: Mapping[str, Tensor]) -> Metric:
+    """1000 x distance of the drawn pictures to the real ones, and of what costs nothing."""
+    real, count = vectors["real"], len(vectors["real"])
+    value = kernel_distance(vectors["model"], real)
+    half = 1.96 * kernel_distance_error(vectors["model"], real)
+    baselines = {
+        "nearest_neighbour": 1000 * kernel_distance(vectors["copied"], real),
+        "train": 1000 * kernel_distance(vectors["train"][:count], real),
+    }
+    return Metric(1000 * value, 1000 * (value - half), 1000 * (value + half), count, baselines)
 
 
 def _caption(record: Record, place: int) -> str:

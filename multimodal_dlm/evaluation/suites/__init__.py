@@ -1,7 +1,8 @@
 """Suites: which measure is taken of which source and split, by name; one YAML file each."""
 
+import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from multimodal_dlm.errors import DataError, unknown_name
 
 HELD_OUT_SPLITS = ("test", "val", "train")
 _ENTRIES = ("measure", "source", "split")
+_NAME = re.compile(r"[a-z0-9_]+(\.[a-z0-9_]+)*")  # Also the name of a file.
 
 
 @dataclass(frozen=True)
@@ -60,6 +62,17 @@ class Suite:
         kept = [e for e in self.entries if any(_begins(e.name, prefix) for prefix in prefixes)]
         return Suite(self.name, tuple(kept))
 
+    def at_most(self, limit: int | None) -> "Suite":
+        """The same with no more than `limit` rows in each measurement; unchanged when None."""
+        if limit is None:
+            return self
+        entries = []
+        for entry in self.entries:
+            own = entry.options.get("limit")
+            kept = limit if own is None else min(own, limit)
+            entries.append(replace(entry, options={**entry.options, "limit": kept}))
+        return Suite(self.name, tuple(entries))
+
 
 def open_suite(suite: str) -> Suite:
     """A suite of this package by name, or any YAML file.
@@ -75,11 +88,20 @@ def open_suite(suite: str) -> Suite:
         if path.parent == here:
             raise unknown_name("suite", suite, [*names, "data"])
         raise DataError(f"`suite` must be a name or a YAML file; there is no file `{suite}`.")
-    content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    if not isinstance(content, dict) or set(content) != {"name", "measurements"}:
-        raise DataError(f"{path} must have the entries `name` and `measurements`, nothing else.")
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        is_suite = set(content) == {"name", "measurements"} and content["measurements"].items()
+    except (yaml.YAMLError, UnicodeDecodeError, TypeError, AttributeError):
+        is_suite = False
+    if not is_suite:
+        raise DataError(f"{path} must be YAML with `name` and `measurements`, nothing else.")
     entries = []
     for name, line in content["measurements"].items():
+        if not isinstance(name, str) or not _NAME.fullmatch(name) or not isinstance(line, dict):
+            raise DataError(
+                f"{path}: measurements must be named by words of a-z, 0-9 and _ with dots between"
+                f" them, each with its entries; got {name!r}: {line!r}."
+            )
         missing = [entry for entry in _ENTRIES if entry not in line]
         if missing:
             raise DataError(f"{path}: `{name}` must have {', '.join(missing)}; it has not.")
@@ -89,14 +111,13 @@ def open_suite(suite: str) -> Suite:
     return Suite(str(content["name"]), tuple(entries))
 
 
-def suite_of_data(manifest: Manifest, limit: int | None = None) -> Suite:
+def suite_of_data(manifest: Manifest) -> Suite:
     """What any dataset allows: captions, answers where it has questions, likelihood, tokenizer.
 
-    The split is `test`, else `val`, else `train`.
+    The split is `test`, else `val`, else `train`. Likelihood and inpainting look at 100 rows.
 
     Args:
         manifest: Datasets in our WebDataset form.
-        limit: Samples of each measurement at most; likelihood takes at most 100.
     """
     entries = []
     for name, source in manifest.sources.items():
@@ -112,8 +133,8 @@ def suite_of_data(manifest: Manifest, limit: int | None = None) -> Suite:
             if any(reader.record(index).qa for index in range(len(reader))):
                 measures["vqa"] = "answers"
         for group, measure in measures.items():
-            most = min(limit or 100, 100) if measure in ("likelihood", "inpainting") else limit
-            entries.append(SuiteEntry(f"{group}.{name}", measure, name, split, {"limit": most}))
+            options = {"limit": 100} if measure in ("likelihood", "inpainting") else {}
+            entries.append(SuiteEntry(f"{group}.{name}", measure, name, split, options))
     if not entries:
         raise DataError(f"`{manifest.name}` must have a split with pictures to be measured.")
     return Suite("data", tuple(entries))
