@@ -30,7 +30,7 @@ class EasyVqaRecipe(Recipe):
     """The packaged pictures and questions; the official test split, and 5 % of train as val."""
 
     name = "easy_vqa"
-    version = 3
+    version = 4
     packages = (
         SourcePackage(
             "easy-vqa", "1.0", "pypi", "MIT", "Victor Zhou, https://github.com/vzhou842/easy-VQA"
@@ -108,12 +108,13 @@ class EasyVqaRecipe(Recipe):
 
 
 def question_type(question: str, answer: str) -> str:
-    """`shape`, `color`, `yes_no`, or `negated` for "is there not ...?"."""
+    """`shape`, `color`; `is_shape`, `is_color` for yes/no; `is_not_shape`, `is_not_color` negated."""
     if answer in SHAPES:
         return "shape"
     if answer in COLOURS:
         return "color"
-    return "negated" if is_negated(question) else "yes_no"
+    asked = "color" if set(COLOURS) & set(question.rstrip("?").split()) else "shape"
+    return f"is_not_{asked}" if is_negated(question) else f"is_{asked}"
 
 
 def is_negated(question: str) -> bool:
