@@ -136,7 +136,11 @@ def test_the_mixture_of_the_training_page_opens(tmp_path):
         "emoji": 40,
         "easy_vqa": 30,
     }
-    assert mixture.sources["easy_vqa"].question_weights == {"is_color": 4, "is_shape": 4, "shape": 2}
+    assert mixture.sources["easy_vqa"].question_weights == {
+        "is_color": 4,
+        "is_shape": 4,
+        "shape": 2,
+    }
 
 
 @pytest.mark.slow

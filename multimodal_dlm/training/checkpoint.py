@@ -6,7 +6,7 @@
         manifest.json      SHA-256 of every other file
 
 A checkpoint is written aside, synced to disk and renamed; the latest is found by looking, so there
-is no pointer that could be wrong.
+is no pointer that could be wrong. The tests enumerate what a power cut can leave.
 """
 
 import hashlib
@@ -46,38 +46,129 @@ class Checkpoint:
     state: Mapping[str, Any] = field(default_factory=dict)
 
 
-def save_checkpoint(folder: Path, checkpoint: Checkpoint, *, keep_last: int) -> Path:
-    """Write a checkpoint and remove the oldest beyond `keep_last`.
+class Disk:
+    """The file operations of a save, one by one, so that a test can stop between any two."""
+
+    def make_folder(self, path: Path) -> None:
+        """Create a folder and those above it."""
+        path.mkdir(parents=True, exist_ok=True)
+
+    def write_tensors(self, path: Path, tensors: Mapping[str, Tensor]) -> None:
+        """Write a safetensors file."""
+        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path)
+
+    def write_text(self, path: Path, text: str) -> None:
+        """Write a text file."""
+        path.write_text(text)
+
+    def sync(self, path: Path) -> None:
+        """Ask the system to put a file's content, or a folder's entries, on disk."""
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+    def rename(self, old: Path, new: Path) -> None:
+        """Rename inside one folder."""
+        old.rename(new)
+
+    def unlink(self, path: Path) -> None:
+        """Remove a file."""
+        path.unlink()
+
+    def remove_folder(self, path: Path) -> None:
+        """Remove an empty folder."""
+        path.rmdir()
+
+
+def save_checkpoint(
+    folder: Path, checkpoint: Checkpoint, *, keep_last: int, disk: Disk | None = None
+) -> Path:
+    """Write a checkpoint, then remove the oldest beyond `keep_last`.
+
+    Wherever it is cut off, the newest intact checkpoint is the one before or this one. An intact
+    checkpoint of the same step stays as it is: a run that goes on would write the same.
 
     Args:
         folder: Folder of all checkpoints of a run.
         checkpoint: What to write.
         keep_last: At least 1.
+        disk: Does the file operations.
 
     Returns:
         The folder of this checkpoint.
+
+    Raises:
+        CheckpointError: When the disk refuses; the checkpoints before are whole.
     """
-    folder.mkdir(parents=True, exist_ok=True)
+    disk = disk or Disk()
     final = folder / f"{_PREFIX}{checkpoint.step:08d}"
     aside = folder / f".{final.name}.part"
-    shutil.rmtree(aside, ignore_errors=True)
-    aside.mkdir()
-    for stem, tensors in checkpoint.tensors.items():
-        contiguous = {name: tensor.contiguous() for name, tensor in tensors.items()}
-        save_file(contiguous, aside / f"{stem}.safetensors")
-    state = {**checkpoint.state, "step": checkpoint.step}
-    (aside / STATE).write_text(json.dumps(state, indent=2, sort_keys=True))
-    hashes = {path.name: _sha256(path) for path in sorted(aside.iterdir())}
-    (aside / MANIFEST).write_text(json.dumps({"sha256": hashes}, indent=2, sort_keys=True))
-    for path in (*aside.iterdir(), aside):
-        _sync(path)
-    if final.exists():
-        shutil.rmtree(final)
-    aside.rename(final)
-    _sync(folder)
-    for old in list_checkpoints(folder)[:-keep_last]:
-        shutil.rmtree(old)
+    if final.exists() and _is_intact(final):
+        return final
+    try:
+        if not folder.is_dir():
+            disk.make_folder(folder)
+            disk.sync(folder.parent)
+        for left in sorted(folder.glob(f".{_PREFIX}*")):
+            _remove(left, disk)
+        _write(aside, checkpoint, disk)
+        if final.exists():
+            disk.rename(final, _gone(final))
+        disk.rename(aside, final)
+        disk.sync(folder)
+    except OSError as error:
+        shutil.rmtree(aside, ignore_errors=True)
+        raise CheckpointError(
+            f"`{final}` must be written whole; the disk refused: {error}. The checkpoints before it"
+            " are intact: free some space or repair the disk, and run the same command again."
+        ) from error
+    try:
+        _prune(folder, final, keep_last, disk)
+    except OSError as error:
+        logger.warning("Old checkpoints in %s could not be removed: %s", folder, error)
     return final
+
+
+def _write(aside: Path, checkpoint: Checkpoint, disk: Disk) -> None:
+    """All files of a checkpoint, their hashes last, on disk when this returns."""
+    disk.make_folder(aside)
+    for stem, tensors in checkpoint.tensors.items():
+        disk.write_tensors(aside / f"{stem}.safetensors", tensors)
+    state = {**checkpoint.state, "step": checkpoint.step}
+    disk.write_text(aside / STATE, json.dumps(state, indent=2, sort_keys=True))
+    hashes = {path.name: _sha256(path) for path in sorted(aside.iterdir())}
+    disk.write_text(aside / MANIFEST, json.dumps({"sha256": hashes}, indent=2, sort_keys=True))
+    for path in (*sorted(aside.iterdir()), aside):
+        disk.sync(path)
+
+
+def _prune(folder: Path, final: Path, keep_last: int, disk: Disk) -> None:
+    """Remove all but the newest `keep_last` up to `final`; what is newer was passed over: damaged.
+
+    Renamed first, so that no half removed folder looks like a checkpoint.
+    """
+    complete = list_checkpoints(folder)
+    kept = [path for path in complete if path.name <= final.name][-keep_last:]
+    for path in complete:
+        if path not in kept:
+            disk.rename(path, _gone(path))
+            _remove(_gone(path), disk)
+    if _gone(final).exists():
+        _remove(_gone(final), disk)
+
+
+def _gone(path: Path) -> Path:
+    """The name of a checkpoint that is being removed."""
+    return path.with_name(f".{path.name}.old")
+
+
+def _remove(folder: Path, disk: Disk) -> None:
+    """Remove a folder of files."""
+    for path in sorted(folder.iterdir()):
+        disk.unlink(path)
+    disk.remove_folder(folder)
 
 
 def load_checkpoint(path: Path) -> Checkpoint:
@@ -125,25 +216,19 @@ def list_checkpoints(folder: Path) -> list[Path]:
 
 def latest_checkpoint(folder: Path) -> Path | None:
     """The newest checkpoint whose files have their recorded hashes; None without one."""
-    for path in reversed(list_checkpoints(folder)):
-        try:
-            verify_checkpoint(path)
-        except CheckpointError as error:
-            logger.warning("Skipped a damaged checkpoint: %s", error)
-            continue
-        return path
-    return None
+    return next((path for path in reversed(list_checkpoints(folder)) if _is_intact(path)), None)
+
+
+def _is_intact(path: Path) -> bool:
+    """Whether a checkpoint verifies; a warning says why not."""
+    try:
+        verify_checkpoint(path)
+    except CheckpointError as error:
+        logger.warning("Skipped a damaged checkpoint: %s", error)
+        return False
+    return True
 
 
 def _sha256(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _sync(path: Path) -> None:
-    """Ask the system to put a file or folder on disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -5,7 +5,7 @@ import logging
 import math
 import os
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +36,11 @@ class TermMeter:
     def sums(self) -> dict[str, tuple[float, float]]:
         """Both sums of each term, for joining processes."""
         return {name: (float(total), float(count)) for name, (total, count) in self._sums.items()}
+
+    def add_sums(self, sums: Mapping[str, Sequence[float]]) -> None:
+        """Add what `sums` gave, as a checkpoint kept it."""
+        exact = {name: torch.tensor(pair, dtype=torch.float64) for name, pair in sums.items()}
+        self.add({name: Term(pair[0], pair[1]) for name, pair in exact.items()})
 
     def clear(self) -> None:
         """Start again."""

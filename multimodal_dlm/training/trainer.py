@@ -284,6 +284,7 @@ class Trainer:
         weights = model_tensors(self.wrapper)
         moments, groups = optimizer_tensors(self.wrapper, self.optimizer)
         rng = gather_object([_rng_state()])
+        meters = gather_object([self.meter.sums()])
         tensors = {"model": weights, "optimizer": moments}
         tensors["rng"] = {
             f"{rank}.{k}": t for rank, state in enumerate(rng) for k, t in state.items()
@@ -295,6 +296,7 @@ class Trainer:
                 "loader": self.job.source.state(self.step),
                 "optimizer_groups": groups,
                 "ema_updates": self.ema.num_updates if self.ema else 0,
+                "meters": meters,
                 "num_processes": self.accelerator.num_processes,
                 "config": self.config.to_dict(),
                 "manifest": self.job.manifest.fingerprint,
@@ -330,6 +332,9 @@ class Trainer:
                 if name.startswith(rank)
             }
         )
+        processes = self.accelerator.num_processes
+        for sums in state.get("meters", [])[self.accelerator.process_index :: processes]:
+            self.meter.add_sums(sums)
         logger.info("Resumed from %s.", path)
         return self.job.source.restore(dict(state["loader"]))
 

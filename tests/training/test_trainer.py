@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from multimodal_dlm.errors import CheckpointError, DivergenceError
 from multimodal_dlm.pipelines import load_pipeline
 from multimodal_dlm.training.checkpoint import latest_checkpoint, list_checkpoints
-from multimodal_dlm.training.config import DataConfig
+from multimodal_dlm.training.config import CheckpointConfig, DataConfig
 from multimodal_dlm.training.run import describe, train
 from tests.training.runs import run_config
 
@@ -63,6 +63,22 @@ def test_a_resumed_run_equals_a_straight_one_bit_for_bit(run_root):
     assert [row["step"] for row in rows] == [2, 4, 6]
     expected = [json.loads(row) for row in (run_root / "straight/metrics.jsonl").open()]
     assert [row["loss"] for row in rows] == [row["loss"] for row in expected]
+
+
+def test_a_row_of_the_log_that_spans_a_crash_is_that_of_a_straight_run(run_root):
+    saves = CheckpointConfig(every_steps=3, keep_last=1)
+    rows = []
+    for name in ("log_straight", "log_broken"):
+        config = run_config(run_root, name, checkpoint=saves, sample_every_steps=1)
+        if name == "log_broken":
+            with pytest.raises(Stop):
+                train(config, callbacks=[crash_at(4)])  # Step 3 is saved, row 4 not yet written.
+        train(config)
+        found = [json.loads(row) for row in (run_root / name / "metrics.jsonl").open()]
+        timing = ("tokens_per_s", "elapsed_s", "eta_s")
+        rows.append([{k: v for k, v in row.items() if k not in timing} for row in found])
+    assert [row["step"] for row in rows[0]] == [2, 4, 6]
+    assert rows[0] == rows[1]
 
 
 def test_the_run_folder_says_what_ran_and_the_export_draws(run_root):

@@ -108,7 +108,7 @@ class EasyVqaRecipe(Recipe):
 
 
 def question_type(question: str, answer: str) -> str:
-    """`shape`, `color`; `is_shape`, `is_color` for yes/no; `is_not_shape`, `is_not_color` negated."""
+    """`shape`, `color`, or for yes/no `is_shape`, `is_color`, `is_not_shape`, `is_not_color`."""
     if answer in SHAPES:
         return "shape"
     if answer in COLOURS:
