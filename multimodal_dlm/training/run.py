@@ -75,6 +75,10 @@ def train(config: TrainConfig, *, callbacks: Sequence[Callback] = ()) -> dict[st
         if result["is_finished"]:
             folder = _export(config, job, trainer)
             result["export"] = str(folder)
+        # In this order, or a process may abort at its exit: DDP's buckets hold the process group.
+        accelerator.wait_for_everyone()
+        del trainer
+        accelerator.free_memory()
         accelerator.end_training()
     return {"output_dir": str(output_dir), **result}
 
