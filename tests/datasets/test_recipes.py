@@ -17,6 +17,7 @@ from multimodal_dlm.datasets.recipes.easy_vqa import (
     SHAPES,
     colour_in,
     deduce,
+    question_type,
     shape_in,
 )
 from multimodal_dlm.datasets.recipes.emoji import balanced_distractors, category
@@ -319,3 +320,16 @@ def test_readers_open_the_sample_without_the_build_tools() -> None:
             assert sample.image_bytes is None
         else:
             assert sample.image.shape == (64, 64, 3)
+
+
+def test_questions_of_easy_vqa_are_told_apart() -> None:
+    kinds = {
+        ("what color is the circle?", "teal"): "color",
+        ("what is the teal shape?", "circle"): "shape",
+        ("is there a teal shape?", "no"): "is_color",
+        ("does the image contain a circle?", "yes"): "is_shape",
+        ("is no teal shape present?", "yes"): "is_not_color",
+        ("is there not a circle in the image?", "no"): "is_not_shape",
+    }
+    for (question, answer), kind in kinds.items():
+        assert question_type(question, answer) == kind

@@ -66,11 +66,10 @@ class RecordingDisk(Disk):
         self.operations.append(("remove", path))
 
 
-class FailingDisk(RecordingDisk):
+class FailingDisk(Disk):
     """Refuses operation number `at`, after half of the bytes if it is a write."""
 
     def __init__(self, at: int, code: int) -> None:
-        super().__init__()
         self.at, self.code, self.count = at, code, 0
 
     def __getattribute__(self, name):
@@ -228,12 +227,9 @@ def recorded_save(folder: Path, keep_last: int, *, is_damaged: bool):
 
 def test_every_crash_of_a_save_leaves_the_old_or_the_new_checkpoint(tmp_path):
     seen: dict[str, int] = {}
-    number = 0
     for keep_last, is_damaged in ((1, False), (2, False), (1, True), (2, True)):
-        number += 1
-        simulated, operations = recorded_save(
-            tmp_path / str(number), keep_last, is_damaged=is_damaged
-        )
+        folder = tmp_path / f"{keep_last}{is_damaged}"
+        simulated, operations = recorded_save(folder, keep_last, is_damaged=is_damaged)
         steps: list[set[int]] = []
         for operation in (None, *operations):
             if operation is not None:
