@@ -17,6 +17,7 @@ from multimodal_dlm.commands.pictures import box_mask, file_stem
 from multimodal_dlm.commands.reporting import find_format
 from multimodal_dlm.errors import ConfigError
 from multimodal_dlm.pipelines import UnifiedTextToImagePipeline, read_recipe
+from multimodal_dlm.pipelines.manifest import verify_manifest
 from multimodal_dlm.schedulers import ConfidenceScheduler
 from tests.conftest import REPOSITORY
 from tests.evaluation.toy import write_squares
@@ -379,6 +380,20 @@ def test_step_plan_of_a_tiny_pipeline(capsys, tiny, tmp_path):
     assert planned.config.modalities["text"]["step_profile"] is None
     wrong = fail(capsys, "study", "step-plan", *given, "--task", "captions")
     assert "Did you mean `caption`?" in wrong
+
+
+def test_a_card_takes_in_what_its_owner_wrote_and_nothing_else(capsys, tiny, tmp_path):
+    folder = tmp_path / "pipeline"
+    shutil.copytree(tiny / "pipeline", folder)
+    info = json.loads((folder / "model_card.json").read_text())
+    (folder / "model_card.json").write_text(json.dumps(info | {"limits": "Only squares."}))
+    succeed(capsys, "card", str(folder))
+    assert "Only squares." in (folder / "README.md").read_text()
+    assert verify_manifest(folder)
+    (folder / "model_index.json").write_text("{}")
+    status, _, err = run(capsys, "card", str(folder))
+    assert status == 2
+    assert "`model_index.json` in" in err
 
 
 def test_card_is_written_beside_the_pipeline(capsys, tiny, tmp_path):

@@ -23,7 +23,7 @@ def add_options(parser: "ArgumentParser", name: str) -> None:
 def run_card(
     pipeline: str = RELEASED_PIPELINE, *, report: str | None = None, output: str | None = None
 ) -> Report:
-    """Write the model card of a saved pipeline.
+    """Write the model card of a saved pipeline, from its model_card.json, which you may edit.
 
     Args:
         pipeline: Folder of the pipeline.
@@ -35,9 +35,11 @@ def run_card(
             f"`pipeline` must be a folder on this machine; there is no folder `{pipeline}`."
         )
     from multimodal_dlm.pipelines import load_pipeline
-    from multimodal_dlm.pipelines.manifest import hash_files, write_manifest
-    from multimodal_dlm.pipelines.model_card import read_report, render_card
+    from multimodal_dlm.pipelines.manifest import hash_files, verify_manifest, write_manifest
+    from multimodal_dlm.pipelines.model_card import CARD_NAME, read_report, render_card
 
+    if verify_manifest(pipeline, but=(CARD_NAME,)):
+        write_manifest(pipeline)
     loaded = load_pipeline(pipeline)
     if report is not None:
         loaded.card = replace(loaded.card, metrics=read_report(report))

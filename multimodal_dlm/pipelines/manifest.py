@@ -5,6 +5,7 @@ The manifest is a `SHA256SUMS` file in the format of the command `sha256sum`, so
 """
 
 import hashlib
+from collections.abc import Collection
 from pathlib import Path
 
 from torch import nn
@@ -56,8 +57,12 @@ def read_manifest(folder: str | Path) -> dict[str, str] | None:
     return hashes
 
 
-def verify_manifest(folder: str | Path) -> bool:
+def verify_manifest(folder: str | Path, *, but: Collection[str] = ()) -> bool:
     """Compare a folder with its manifest.
+
+    Args:
+        folder: Pipeline folder.
+        but: Names of files that may have changed.
 
     Returns:
         False when there is no manifest to compare with.
@@ -75,7 +80,7 @@ def verify_manifest(folder: str | Path) -> bool:
             raise CheckpointError(
                 f"`{folder}` misses `{name}`, which its {MANIFEST_NAME} lists. Download it again."
             )
-        if found[name] != digest:
+        if found[name] != digest and name not in but:
             raise CheckpointError(
                 f"`{name}` in `{folder}` has changed since it was saved: sha256 must be"
                 f" {digest[:16]}..., got {found[name][:16]}... . Download it again, or save the"
