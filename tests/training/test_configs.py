@@ -17,7 +17,11 @@ SAMPLE = "datasets/sample.yaml"
 def test_all_configs_are_found():
     names = [path.relative_to(ROOT / "configs").as_posix() for path in CONFIGS]
     stages = ("", "_compare", "_end", "_finish", "_shapes", "_teach")
-    assert names == [*(f"released{stage}.yaml" for stage in stages), "smoke.yaml", "tokenizers/image.yaml"]
+    assert names == [
+        *(f"released{stage}.yaml" for stage in stages),
+        "smoke.yaml",
+        "tokenizers/image.yaml",
+    ]
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
