@@ -173,8 +173,16 @@ class _Steps(Dataset[list[Batch]]):
 def iterate_steps(
     source: BatchSource, first: int, stop: int, *, num_workers: int = 0
 ) -> Iterator[tuple[int, list[Batch]]]:
-    """(step, micro-batches) for steps first..stop - 1, in order, from background workers if any."""
+    """(step, micro-batches) for steps first..stop - 1, in order, from background workers if any.
+
+    The loader seeds its workers from a generator of its own: it would take a number from the
+    default one each time it starts, and a resumed run starts it once more than a straight one.
+    """
     loader = DataLoader(
-        _Steps(source, first, stop), batch_size=None, shuffle=False, num_workers=num_workers
+        _Steps(source, first, stop),
+        batch_size=None,
+        shuffle=False,
+        num_workers=num_workers,
+        generator=torch.Generator(),
     )
     yield from enumerate(loader, start=first)

@@ -310,10 +310,15 @@ class Trainer:
         self.accelerator.wait_for_everyone()
 
     def _resume(self) -> int:
-        """Load the latest checkpoint of the output folder; 0 without one."""
+        """Load the latest checkpoint of the output folder; 0 without one.
+
+        A new run seeds the default generators: what ran before it in the process, such as encoding
+        pictures for an empty cache, must not show in its random states.
+        """
         self.accelerator.wait_for_everyone()
         path = latest_checkpoint(self.output_dir / CHECKPOINTS)
         if path is None:
+            torch.manual_seed(self.config.seed + self.accelerator.process_index)
             return 0
         checkpoint = load_checkpoint(path)
         state = checkpoint.state

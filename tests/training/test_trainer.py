@@ -36,7 +36,7 @@ def final_tensors(config) -> dict[str, torch.Tensor]:
     assert path is not None
     return {
         f"{stem}/{name}": tensor
-        for stem in ("model", "ema", "optimizer")
+        for stem in ("model", "ema", "optimizer", "rng")
         for name, tensor in load_file(path / f"{stem}.safetensors").items()
     }
 
