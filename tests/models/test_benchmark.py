@@ -18,6 +18,7 @@ OPTIONS = {
     "training_step": TINY_STEP,
     "text_to_image": ["--batches", "1", "2", "--repeats", "1"],
     "image_to_text": ["--repeats", "1"],
+    "kill_storm": ["--kills", "3", "--steps", "8"],
 }
 
 
@@ -73,6 +74,14 @@ def test_image_to_text(report):
         "caption_prefix", "caption_prefix_256_tokens", "vqa_shared_image",
     }  # fmt: skip
     assert all(row["identical_ids"] for row in found["rows"])
+
+
+@pytest.mark.slow
+def test_kill_storm(report):
+    found = report("kill_storm")
+    assert found["kills"] == found["identical"] == sum(found["rounds"]) == 3
+    assert found["differences"] == {}
+    assert found["kills_by_aim"] == {"save": 1, "start": 1, "progress": 1}
 
 
 def test_keeping_memory_says_whether_it_could():
