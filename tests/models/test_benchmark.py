@@ -26,10 +26,10 @@ OPTIONS = {
 def report(tmp_path, monkeypatch, capsys):
     """Runs a script as `python benchmarks/NAME.py` does and returns what it wrote."""
 
-    def run(name):
+    def run(name, *options):
         path = tmp_path / "report.json"
         monkeypatch.syspath_prepend(str(FOLDER))
-        monkeypatch.setattr("sys.argv", [name, *OPTIONS[name], "--json", str(path)])
+        monkeypatch.setattr("sys.argv", [name, *OPTIONS[name], *options, "--json", str(path)])
         runpy.run_path(str(FOLDER / f"{name}.py"), run_name="__main__")
         written = json.loads(path.read_text())
         assert json.loads(capsys.readouterr().out) == written
@@ -82,6 +82,12 @@ def test_kill_storm(report):
     assert found["kills"] == found["identical"] == sum(found["rounds"]) == 3
     assert found["differences"] == {}
     assert found["kills_by_aim"] == {"save": 1, "start": 1, "progress": 1}
+
+
+@pytest.mark.slow
+def test_kill_storm_over_two_processes(report):
+    found = report("kill_storm", "--processes", "2", "--kills", "1")
+    assert found["kills"] == found["identical"] == found["settings"]["processes"] - 1 == 1
 
 
 def test_keeping_memory_says_whether_it_could():
