@@ -9,11 +9,12 @@ from typing import Any
 from accelerate import Accelerator
 
 from multimodal_dlm.training.batches import iterate_steps
+from multimodal_dlm.training.callbacks import Callback, TrainState
 from multimodal_dlm.training.components import Job, build_job
 from multimodal_dlm.training.config import TrainConfig
 from multimodal_dlm.training.objectives.base import Batch
 from multimodal_dlm.training.run_folder import write_run_folder
-from multimodal_dlm.training.trainer import Callback, Trainer, TrainState
+from multimodal_dlm.training.trainer import Trainer
 
 logger = logging.getLogger(__name__)
 

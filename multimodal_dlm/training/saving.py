@@ -1,0 +1,165 @@
+"""A run as a checkpoint and back: what is saved, and how a run goes on from it."""
+
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import gather_object
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from torch.optim import Optimizer
+
+from multimodal_dlm.errors import CheckpointError
+from multimodal_dlm.training.checkpoint import (
+    Checkpoint,
+    latest_checkpoint,
+    load_checkpoint,
+    save_checkpoint,
+)
+from multimodal_dlm.training.components import Job
+from multimodal_dlm.training.config import TrainConfig, config_changes
+from multimodal_dlm.training.ema import ExponentialMovingAverage
+from multimodal_dlm.training.optimizer_state import (
+    model_tensors,
+    optimizer_tensors,
+    restore_model,
+    restore_optimizer,
+)
+from multimodal_dlm.training.tracking import TermMeter
+
+logger = logging.getLogger(__name__)
+
+CHECKPOINTS = "checkpoints"
+
+
+@dataclass
+class RunKeeper:
+    """Saves a run and takes it up again; every process takes part, the main one writes.
+
+    Args:
+        job: Gives the position in the data.
+        wrapper: Model, as accelerate prepared it.
+        optimizer: Its optimizer.
+        ema: Averaged weights, or None.
+        meter: Terms that are not logged yet.
+        config: The run.
+        accelerator: Processes and devices.
+    """
+
+    job: Job
+    wrapper: nn.Module
+    optimizer: Optimizer
+    ema: ExponentialMovingAverage | None
+    meter: TermMeter
+    config: TrainConfig
+    accelerator: Accelerator
+
+    @property
+    def folder(self) -> Path:
+        """Folder of all checkpoints of the run."""
+        return Path(self.config.output_dir) / CHECKPOINTS
+
+    def save(self, step: int) -> None:
+        """Write a checkpoint."""
+        weights = model_tensors(self.wrapper)
+        moments, groups = optimizer_tensors(self.wrapper, self.optimizer)
+        rng = gather_object([_rng_state()])
+        meters = gather_object([self.meter.sums()])
+        tensors = {"model": weights, "optimizer": moments}
+        tensors["rng"] = {
+            f"{rank}.{k}": t for rank, state in enumerate(rng) for k, t in state.items()
+        }
+        if self.ema is not None:
+            tensors["ema"] = {name: _whole(tensor) for name, tensor in self.ema.weights.items()}
+        if self.accelerator.is_main_process:
+            state = {
+                "loader": self.job.source.state(step),
+                "optimizer_groups": groups,
+                "ema_updates": self.ema.num_updates if self.ema else 0,
+                "meters": meters,
+                "num_processes": self.accelerator.num_processes,
+                "config": self.config.to_dict(),
+                "manifest": self.job.manifest.fingerprint,
+            }
+            path = save_checkpoint(
+                self.folder,
+                Checkpoint(step, tensors, state),
+                keep_last=self.config.checkpoint.keep_last,
+            )
+            logger.info("Saved %s.", path)
+        self.accelerator.wait_for_everyone()
+
+    def resume(self) -> int:
+        """Load the latest checkpoint of the output folder and return its step; 0 without one.
+
+        A new run seeds the default generators: what ran before it in the process, such as encoding
+        pictures for an empty cache, must not show in its random states.
+        """
+        self.accelerator.wait_for_everyone()
+        path = latest_checkpoint(self.folder)
+        if path is None:
+            torch.manual_seed(self.config.seed + self.accelerator.process_index)
+            return 0
+        checkpoint = load_checkpoint(path)
+        state = checkpoint.state
+        self._check_continues(path, state)
+        restore_model(self.wrapper, checkpoint.tensors["model"])
+        restore_optimizer(
+            self.wrapper, self.optimizer, checkpoint.tensors["optimizer"], state["optimizer_groups"]
+        )
+        if self.ema is not None:
+            self.ema.load(checkpoint.tensors["ema"], state["ema_updates"])
+        rank = f"{self.accelerator.process_index}."
+        _set_rng_state(
+            {
+                name.removeprefix(rank): tensor
+                for name, tensor in checkpoint.tensors["rng"].items()
+                if name.startswith(rank)
+            }
+        )
+        processes = self.accelerator.num_processes
+        for sums in state.get("meters", [])[self.accelerator.process_index :: processes]:
+            self.meter.add_sums(sums)
+        logger.info("Resumed from %s.", path)
+        return self.job.source.restore(dict(state["loader"]))
+
+    def _check_continues(self, path: Path, state: Mapping[str, Any]) -> None:
+        """Refuse a checkpoint of another config or of other data."""
+        changes = config_changes(state["config"], self.config.to_dict())
+        listed = "; ".join(f"`{name}` {old} -> {new}" for name, (old, new) in changes.items())
+        if changes and not self.config.allow_changes:
+            raise CheckpointError(
+                f"`{path}` was written by a run with another config ({listed}). Undo the change,"
+                " give another `output_dir`, or set `allow_changes`."
+            )
+        if changes:
+            logger.warning("Going on with another config: %s.", listed)
+        if state["manifest"] != self.job.manifest.fingerprint:
+            raise CheckpointError(
+                f"`{path}` was trained on other data than `{self.config.data.manifest}` holds now."
+                " Give another `output_dir`."
+            )
+
+
+def _rng_state() -> dict[str, Tensor]:
+    """Default generators of this process."""
+    states = {"cpu": torch.get_rng_state()}
+    if torch.cuda.is_available():
+        states["cuda"] = torch.cuda.get_rng_state()
+    return states
+
+
+def _set_rng_state(states: Mapping[str, Tensor]) -> None:
+    if "cpu" in states:
+        torch.set_rng_state(states["cpu"])
+    if "cuda" in states and torch.cuda.is_available():
+        torch.cuda.set_rng_state(states["cuda"])
+
+
+def _whole(tensor: Tensor) -> Tensor:
+    """The full tensor of a shard."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
