@@ -127,15 +127,11 @@ class UnifiedTransformerModel(
         noise_conditioning: `ada_norm_single`, `additive` or `none`.
         logits_shift: 1 reads the state of the previous token of the row (autoregressive weights).
         mlp_type: `dense`.
-
-    `fsdp_forward_methods` names what FSDP must register besides `forward`
-    (`torch.distributed.fsdp.register_fsdp_forward_method`).
     """
 
     _supports_gradient_checkpointing = True
     _no_split_modules = ["UnifiedTransformerBlock"]
     _repeated_blocks = ["UnifiedTransformerBlock"]
-    fsdp_forward_methods = ("embed", "compute_logits")
     _skip_layerwise_casting_patterns = ["embed_tokens", "head", "norm", "level_conditioning"]
 
     @register_to_config

@@ -163,6 +163,9 @@ class TrainConfig:
         export: What a finished run leaves.
         ema_decay: Decay of the averaged weights, warmed up; 0 for none.
         mixed_precision: `bf16` autocast or `no`.
+        sharding: How several processes hold the model: `none` (a copy each), `zero2` or `fsdp`
+            (shards, see `multimodal_dlm.training.sharding`), or `auto`: what the accelerate config
+            says, else `none`.
         log_every_steps: Steps between lines of the log.
         sample_every_steps: Steps between calls of the callbacks (sample sheets); 0 for never.
         gradient_checkpointing: Recompute activations in backward to save memory.
@@ -183,6 +186,7 @@ class TrainConfig:
     export: ExportConfig = field(default_factory=ExportConfig)
     ema_decay: float = 0.999
     mixed_precision: Literal["bf16", "no"] = "bf16"
+    sharding: Literal["auto", "none", "zero2", "fsdp"] = "auto"
     log_every_steps: int = 20
     sample_every_steps: int = 0
     gradient_checkpointing: bool = False
@@ -226,6 +230,7 @@ RESUMABLE_CHANGES = (
     "log_every_steps",
     "output_dir",
     "sample_every_steps",
+    "sharding",
 )
 
 

@@ -2,11 +2,14 @@
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from copy import copy
+from typing import Self
 
 import torch
 from torch import Tensor, nn
 
 from multimodal_dlm.errors import CheckpointError
+from multimodal_dlm.training.shards import copy_whole, whole_tensors
 
 
 class ExponentialMovingAverage:
@@ -48,8 +51,14 @@ class ExponentialMovingAverage:
                 f"The averaged weights must have the model's tensor names; {different} differ."
             )
         for name, tensor in weights.items():
-            self.weights[name].copy_(tensor)
+            copy_whole(self.weights[name], tensor)
         self.num_updates = num_updates
+
+    def gathered(self, *, keep: bool) -> Self:
+        """The same averages as whole tensors, if this process keeps them; all take part."""
+        other = copy(self)
+        other.weights = whole_tensors(self.weights, keep=keep)
+        return other
 
     @contextmanager
     def applied(self, model: nn.Module) -> Iterator[nn.Module]:

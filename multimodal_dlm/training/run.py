@@ -2,16 +2,15 @@
 
 import logging
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
-
-from accelerate import Accelerator
 
 from multimodal_dlm.training.batches import iterate_steps
 from multimodal_dlm.training.callbacks import Callback, TrainState
 from multimodal_dlm.training.components import Job, build_job
 from multimodal_dlm.training.config import TrainConfig
+from multimodal_dlm.training.launching import open_accelerator
 from multimodal_dlm.training.objectives.base import Batch
 from multimodal_dlm.training.run_folder import write_run_folder
 from multimodal_dlm.training.trainer import Trainer
@@ -55,9 +54,7 @@ def train(config: TrainConfig, *, callbacks: Sequence[Callback] = ()) -> dict[st
         Step reached, last metrics, and the folder of the export when the run is finished.
     """
     output_dir = Path(config.output_dir)
-    accelerator = Accelerator(
-        mixed_precision="no", log_with="tensorboard", project_dir=str(output_dir)
-    )
+    accelerator = open_accelerator(config)
     if accelerator.is_main_process:
         output_dir.mkdir(parents=True, exist_ok=True)
     with _run_log(output_dir, is_main=accelerator.is_main_process):
@@ -108,12 +105,10 @@ def _run_log(output_dir: Path, *, is_main: bool) -> Iterator[None]:
 def _export(config: TrainConfig, job: Job, trainer: Trainer) -> Path:
     """Save the finished component, averaged if asked for, from the main process."""
     folder = Path(config.export.folder or Path(config.output_dir) / "pipeline")
+    model, ema = trainer.parallel.gathered(trainer.ema)
     if trainer.accelerator.is_main_process:
-        if config.export.use_ema and trainer.ema is not None:
-            with trainer.ema.applied(trainer.model) as model:
-                job.export(model, folder)
-        else:
-            job.export(trainer.model, folder)
+        with ema.applied(model) if config.export.use_ema and ema else nullcontext():
+            job.export(model, folder)
         logger.info("Exported to %s.", folder)
     trainer.accelerator.wait_for_everyone()
     return folder

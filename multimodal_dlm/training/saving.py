@@ -10,7 +10,6 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from multimodal_dlm.errors import CheckpointError
@@ -29,6 +28,7 @@ from multimodal_dlm.training.optimizer_state import (
     restore_model,
     restore_optimizer,
 )
+from multimodal_dlm.training.shards import whole_tensors
 from multimodal_dlm.training.tracking import TermMeter
 
 logger = logging.getLogger(__name__)
@@ -42,7 +42,7 @@ class RunKeeper:
 
     Args:
         job: Gives the position in the data.
-        wrapper: Model, as accelerate prepared it.
+        wrapper: Model, as this process holds it.
         optimizer: Its optimizer.
         ema: Averaged weights, or None.
         meter: Terms that are not logged yet.
@@ -74,7 +74,8 @@ class RunKeeper:
             f"{rank}.{k}": t for rank, state in enumerate(rng) for k, t in state.items()
         }
         if self.ema is not None:
-            tensors["ema"] = {name: _whole(tensor) for name, tensor in self.ema.weights.items()}
+            keep = self.accelerator.is_main_process
+            tensors["ema"] = whole_tensors(self.ema.weights, keep=keep)
         if self.accelerator.is_main_process:
             state = {
                 "loader": self.job.source.state(step),
@@ -158,8 +159,3 @@ def _set_rng_state(states: Mapping[str, Tensor]) -> None:
         torch.set_rng_state(states["cpu"])
     if "cuda" in states and torch.cuda.is_available():
         torch.cuda.set_rng_state(states["cuda"])
-
-
-def _whole(tensor: Tensor) -> Tensor:
-    """The full tensor of a shard."""
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor

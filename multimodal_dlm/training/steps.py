@@ -16,6 +16,7 @@ from multimodal_dlm.training.ema import ExponentialMovingAverage
 from multimodal_dlm.training.lr_schedule import learning_rate
 from multimodal_dlm.training.objectives.base import Batch, Objective, Term
 from multimodal_dlm.training.randomness import row_generator
+from multimodal_dlm.training.sharding import ReplicatedModel, check_rows
 from multimodal_dlm.training.tracking import TermMeter
 
 
@@ -23,7 +24,7 @@ class ModelView:
     """What an objective sees: calls go through the wrapper, everything else to the model itself.
 
     Args:
-        wrapper: Model as accelerate prepared it.
+        wrapper: Model as this process holds it.
         model: Model itself.
     """
 
@@ -43,27 +44,25 @@ class TrainStep:
     """Takes one optimizer step at a time.
 
     Args:
-        model: The trained component.
-        wrapper: It, as accelerate prepared it.
+        parallel: The trained component with its optimizer, as this process holds it.
         objective: What is minimised.
-        prepared_optimizer: Optimizer, as accelerate prepared it.
         ema: Averaged weights, or None.
         meter: Gets the reported terms.
         config: The run.
         accelerator: Processes and devices.
     """
 
-    model: nn.Module
-    wrapper: nn.Module
+    parallel: ReplicatedModel
     objective: Objective
-    prepared_optimizer: Any
     ema: ExponentialMovingAverage | None
     meter: TermMeter
     config: TrainConfig
     accelerator: Accelerator
 
     def __post_init__(self) -> None:
-        self.view = ModelView(self.wrapper, self.model)
+        self.model, self.optimizer = self.parallel.model, self.parallel.optimizer
+        self.is_checked = False
+        self.view = ModelView(self.parallel.wrapper, self.model)
 
     def take(self, number: int, batches: list[Batch]) -> float:
         """Train on global batch `number`.
@@ -76,19 +75,24 @@ class TrainStep:
             Global norm of the gradient before clipping.
         """
         batches = [batch.to(self.accelerator.device) for batch in batches]
+        self._check_rows(batches)
         self._set_learning_rate(number)
         total = self._accumulate(number, batches)
-        norm = self.accelerator.clip_grad_norm_(
-            self.wrapper.parameters(), self.config.optimizer.max_grad_norm
-        )
-        grad_norm = float(norm) if norm is not None else 0.0
+        grad_norm = self.parallel.clip_gradients(self.config.optimizer.max_grad_norm)
         self._check_finite("gradient", grad_norm, number, batches)
-        self.prepared_optimizer.step()
-        self.prepared_optimizer.zero_grad(set_to_none=True)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
         if self.ema is not None:
             self.ema.update(self.model)
         self.meter.add({"loss": Term(total, torch.ones(()))})
         return grad_norm
+
+    def _check_rows(self, batches: list[Batch]) -> None:
+        """Before the first step: do the processes together see every row once?"""
+        if not self.is_checked:
+            rows = gather_object([[row for batch in batches for row in batch.rows]])
+            check_rows(rows, self.config.data.batch_size)
+        self.is_checked = True
 
     def _set_learning_rate(self, number: int) -> None:
         config = self.config
@@ -99,7 +103,7 @@ class TrainStep:
             num_warmup_steps=config.lr_schedule.num_warmup_steps,
             final_share=config.lr_schedule.final_share,
         )
-        for group in self.prepared_optimizer.param_groups:
+        for group in self.optimizer.param_groups:
             group["lr"] = rate
 
     def _accumulate(self, number: int, batches: list[Batch]) -> Tensor:
@@ -114,7 +118,7 @@ class TrainStep:
         total = torch.zeros((), device=self.accelerator.device)
         for index, (batch, context) in enumerate(zip(batches, plan.contexts, strict=True)):
             is_final = index == len(batches) - 1
-            with nullcontext() if is_final else self.accelerator.no_sync(self.wrapper):
+            with nullcontext() if is_final else self.parallel.accumulating():
                 total += self._backward(number, batch, context, plan.loss_scale)
         return total
 
@@ -126,7 +130,7 @@ class TrainStep:
         with torch.autocast(device.type, dtype=torch.bfloat16, enabled=is_bf16):
             output = self.objective(self.view, batch.inputs, generator=generators, **context)
         self._check_finite("loss", float(output.loss.detach()), number, [batch])
-        self.accelerator.backward(output.loss * scale)
+        (output.loss * scale).backward()
         self.meter.add(output.terms)
         return output.loss.detach().float() * scale
 

@@ -1,8 +1,8 @@
 """The loop: batches in, weights out. It knows no dataset and no model by name.
 
-Works with one process, DDP and FSDP2 through accelerate. The loader is never prepared: batches are
-pure functions of the step, and each process computes its own. What a step does is in `steps`, what
-a checkpoint holds in `saving`.
+Works with one process, copies (DDP) and shards. The loader is never prepared by accelerate: batches
+are pure functions of the step, and each process computes its own. What a step does is in `steps`,
+what a checkpoint holds in `saving`, how processes hold the model in `sharding`.
 """
 
 import logging
@@ -12,6 +12,8 @@ from typing import Any
 
 from accelerate import Accelerator
 from accelerate.utils import gather_object
+from torch import nn
+from torch.optim import Optimizer
 
 from multimodal_dlm.models.memory import keep_freed_memory
 from multimodal_dlm.training.batches import iterate_steps
@@ -19,8 +21,10 @@ from multimodal_dlm.training.callbacks import Callback, TrainState
 from multimodal_dlm.training.components import Job
 from multimodal_dlm.training.config import TrainConfig
 from multimodal_dlm.training.ema import ExponentialMovingAverage
+from multimodal_dlm.training.launching import check_accelerator, resolve_sharding
 from multimodal_dlm.training.optimizer import build_optimizer
 from multimodal_dlm.training.saving import RunKeeper
+from multimodal_dlm.training.sharding import spread_model
 from multimodal_dlm.training.steps import TrainStep
 from multimodal_dlm.training.stopping import StopRequest
 from multimodal_dlm.training.tracking import Clock, MetricsFile, TermMeter, human_line, join_sums
@@ -56,25 +60,23 @@ class Trainer:
             self.model.enable_gradient_checkpointing()
         if config.compile_blocks:
             self.model.compile_repeated_blocks()
-        optimizer = build_optimizer(
+        check_accelerator(accelerator)
+        self.parallel = spread_model(
             self.model,
-            lr=config.optimizer.lr,
-            betas=config.optimizer.betas,
-            eps=config.optimizer.eps,
-            weight_decay=config.optimizer.weight_decay,
+            self._build_optimizer,
+            accelerator,
+            sharding=resolve_sharding(config.sharding),
+            mixed_precision=config.mixed_precision,
         )
-        self.wrapper, prepared_optimizer = accelerator.prepare(self.model, optimizer)
-        self.optimizer = prepared_optimizer.optimizer
+        self.wrapper, self.optimizer = self.parallel.wrapper, self.parallel.optimizer
         self.objective = job.objective.to(accelerator.device)
         self.ema = (
             ExponentialMovingAverage(self.model, config.ema_decay) if config.ema_decay else None
         )
         self.meter = TermMeter()
         self.train_step = TrainStep(
-            self.model,
-            self.wrapper,
+            self.parallel,
             self.objective,
-            prepared_optimizer,
             self.ema,
             self.meter,
             config,
@@ -85,6 +87,16 @@ class Trainer:
         )
         self.stop = StopRequest()
         self.step = 0
+
+    def _build_optimizer(self, model: nn.Module) -> Optimizer:
+        options = self.config.optimizer
+        return build_optimizer(
+            model,
+            lr=options.lr,
+            betas=options.betas,
+            eps=options.eps,
+            weight_decay=options.weight_decay,
+        )
 
     def fit(self) -> dict[str, Any]:
         """Train to the end, or until a signal asks to stop; resume what is there.
@@ -135,7 +147,10 @@ class Trainer:
         """Call the callbacks when it is their turn, in evaluation mode."""
         every = self.config.sample_every_steps
         is_turn = every and (is_last or self.step % every == 0)
-        if metrics is None or not is_turn or not self.callbacks:
+        if not is_turn or not self.callbacks:
+            return
+        model, ema = self.parallel.gathered(self.ema)
+        if metrics is None:
             return
 
         def log(values: Mapping[str, float]) -> None:
@@ -145,13 +160,13 @@ class Trainer:
         state = TrainState(
             self.step,
             self.config.num_train_steps,
-            self.model,
-            self.ema,
+            model,
+            ema,
             self.output_dir,
             self.job.components,
             log,
         )
-        self.model.eval()
+        model.eval()
         for callback in self.callbacks:
             callback(state)
         self.model.train()

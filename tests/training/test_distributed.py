@@ -1,5 +1,6 @@
-"""Two processes on the CPU train what one process trains."""
+"""Two processes on the CPU train what one process trains, as copies of the model and in shards."""
 
+import json
 import os
 import subprocess
 import sys
@@ -10,13 +11,24 @@ import torch
 from safetensors.torch import load_file
 
 from multimodal_dlm.training.run import train
-from tests.training.runs import run_config
+from tests.training.two_processes import STEPS, leave_half, two_config
 
 ROOT = Path(__file__).parents[2]
+SHARED = ("fsdp", "zero2", "copies")
 
 
-@pytest.mark.slow
-def test_two_processes_equal_one(run_root):
+def read(root: Path, run: str, file: str, step: int = STEPS) -> dict[str, torch.Tensor]:
+    return load_file(root / run / f"checkpoints/step-{step:08d}/{file}.safetensors")
+
+
+def losses(root: Path, run: str) -> list[float]:
+    rows = (root / run / "metrics.jsonl").read_text().splitlines()
+    return [row["loss"] for row in map(json.loads, rows) if "loss" in row]
+
+
+@pytest.fixture(scope="module")
+def two_root(run_root) -> Path:
+    """The folder after two processes and then one have trained the same run."""
     command = [
         sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2",
         "-m", "tests.training.two_processes", str(run_root),
@@ -26,9 +38,9 @@ def test_two_processes_equal_one(run_root):
         "ACCELERATE_USE_CPU": "true",
         "GLOO_SOCKET_IFNAME": "lo",  # Both processes are here; other interfaces may not connect.
     }
-    for last_step in ("3", "4"):  # Stopped by a signal after 3, then finished.
+    for part in ("first", "second"):
         done = subprocess.run(
-            [*command, last_step],
+            [*command, part],
             cwd=ROOT,
             env=environment,
             capture_output=True,
@@ -36,11 +48,43 @@ def test_two_processes_equal_one(run_root):
             timeout=300,
         )
         assert done.returncode == 0, done.stderr[-3000:]
-    train(run_config(run_root, "one", num_train_steps=4))
-    one, two = (
-        load_file(run_root / name / "checkpoints/step-00000004/model.safetensors")
-        for name in ("one", "two")
-    )
+    train(two_config(run_root, "one"))
+    return run_root / "two"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("run", SHARED)
+@pytest.mark.parametrize("file", ["model", "ema", "optimizer"])
+def test_two_processes_equal_one(two_root, run, file):
+    one, two = read(two_root, "one", file), read(two_root, run, file)
     assert one.keys() == two.keys()
     for name, tensor in one.items():
         assert torch.allclose(tensor, two[name], rtol=1e-3, atol=1e-4), name
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("run", SHARED)
+def test_two_processes_report_what_one_reports(two_root, run):
+    assert losses(two_root, run) == pytest.approx(losses(two_root, "one"), rel=1e-4)
+
+
+@pytest.mark.slow
+def test_blocks_that_travel_in_bf16_train_alike(two_root):
+    assert losses(two_root, "fsdp_bf16") == pytest.approx(losses(two_root, "one"), rel=0.02)
+    assert losses(two_root, "fsdp_bf16") != pytest.approx(losses(two_root, "one"), rel=1e-6)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("file", ["model", "ema", "optimizer"])
+def test_shards_resume_bit_for_bit(two_root, file):
+    straight, resumed = read(two_root, "fsdp", file), read(two_root, "resumed", file)
+    assert straight.keys() == resumed.keys()
+    assert all(torch.equal(tensor, resumed[name]) for name, tensor in straight.items())
+
+
+@pytest.mark.slow
+def test_one_process_goes_on_with_a_checkpoint_of_shards(run_root, two_root):
+    leave_half(two_root / "fsdp", two_root / "alone")
+    train(two_config(run_root, "alone"))
+    one, two = read(two_root, "one", "model"), read(two_root, "alone", "model")
+    assert all(torch.allclose(one[name], two[name], rtol=1e-3, atol=1e-4) for name in one)

@@ -145,6 +145,9 @@ def target_nll(
 ) -> Float[Tensor, "batch length"]:
     """-log p(clean token) at the targets, 0 elsewhere; logits exist at targets only.
 
+    Without any target the result still depends on every parameter: a process whose micro-batch is
+    all padding must have gradients (of zero) to exchange with the others.
+
     Args:
         model: Gives `vocabulary` and `compute_logits`.
         hidden_states: Of the corrupted canvas.
@@ -169,4 +172,7 @@ def target_nll(
             num_columns=vocabulary.num_columns(modality),
         )
         dense = dense.masked_scatter(chosen, nll)
+    if not bool(is_target.any()):
+        logits = model.compute_logits(hidden_states[:, :1], vocabulary.modalities[0])
+        dense = dense + 0.0 * logits.sum()
     return dense

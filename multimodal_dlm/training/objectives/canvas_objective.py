@@ -112,7 +112,7 @@ class CanvasObjective(Objective):
                 raise unknown_name("modality in `loss_weights`", name, vocabulary.modalities)
         if denominators is None:
             denominators = free_counts(canvas)
-        total = nelbo.new_zeros(())
+        total = 0.0 * nelbo.sum()  # Part of the graph, whatever is counted.
         for index, name in enumerate(vocabulary.modalities):
             if denominators.get(index):
                 part = (nelbo * (canvas.modality_ids == index)).sum()

@@ -114,8 +114,6 @@ class MaskedDiffusion(CanvasObjective):
         nll = target_nll(model, output.hidden_states, inputs, corrupted.is_target)
         nelbo = nll * corrupted.weight
         loss = self.weighted_loss(nelbo, inputs, vocabulary, denominators, tasks)
-        if output.hidden_states.requires_grad and not loss.requires_grad:
-            loss = loss + 0.0 * output.hidden_states.sum()
         if output.auxiliary_loss is not None:
             loss = loss + row_share * output.auxiliary_loss
         is_bound = (num_free_windows(inputs) <= 1) & ~corrupted.has_hole
