@@ -6,7 +6,9 @@
         manifest.json      SHA-256 of every other file
 
 A checkpoint is written aside, synced to disk and renamed; the latest is found by looking, so there
-is no pointer that could be wrong. The tests enumerate what a power cut can leave.
+is no pointer that could be wrong. Which step was best so far is part of each checkpoint's state, so
+`latest`, `best` and what is kept change with one rename. The tests enumerate what a power cut can
+leave.
 """
 
 import hashlib
@@ -85,14 +87,15 @@ class Disk:
 def save_checkpoint(
     folder: Path, checkpoint: Checkpoint, *, keep_last: int, disk: Disk | None = None
 ) -> Path:
-    """Write a checkpoint, then remove the oldest beyond `keep_last`.
+    """Write a checkpoint, then remove the oldest beyond `keep_last`, but never the best.
 
-    Wherever it is cut off, the newest intact checkpoint is the one before or this one. An intact
-    checkpoint of the same step stays as it is: a run that goes on would write the same.
+    Wherever it is cut off, the newest intact checkpoint is the one before or this one, and the best
+    that it names is there. An intact checkpoint of the same step stays as it is: a run that goes on
+    would write the same.
 
     Args:
         folder: Folder of all checkpoints of a run.
-        checkpoint: What to write.
+        checkpoint: What to write; `state["best"]["step"]`, where given, is kept besides.
         keep_last: At least 1.
         disk: Does the file operations.
 
@@ -103,7 +106,7 @@ def save_checkpoint(
         CheckpointError: When the disk refuses; the checkpoints before are whole.
     """
     disk = disk or Disk()
-    final = folder / f"{_PREFIX}{checkpoint.step:08d}"
+    final = _path(folder, checkpoint.step)
     aside = folder / f".{final.name}.part"
     if final.exists() and _is_intact(final):
         return final
@@ -125,7 +128,7 @@ def save_checkpoint(
             " are intact: free some space or repair the disk, and run the same command again."
         ) from error
     try:
-        _prune(folder, final, keep_last, disk)
+        _prune(folder, final, keep_last, _best_step(checkpoint.state), disk)
     except OSError as error:
         logger.warning("Old checkpoints in %s could not be removed: %s", folder, error)
     return final
@@ -144,19 +147,33 @@ def _write(aside: Path, checkpoint: Checkpoint, disk: Disk) -> None:
         disk.sync(path)
 
 
-def _prune(folder: Path, final: Path, keep_last: int, disk: Disk) -> None:
-    """Remove all but the newest `keep_last` up to `final`; what is newer was passed over: damaged.
+def _prune(folder: Path, final: Path, keep_last: int, best: int | None, disk: Disk) -> None:
+    """Remove all but the newest `keep_last` up to `final` and the best.
 
-    Renamed first, so that no half removed folder looks like a checkpoint.
+    What is newer was passed over: damaged. Renamed first, so that no half removed folder looks like
+    a checkpoint.
     """
     complete = list_checkpoints(folder)
     kept = [path for path in complete if path.name <= final.name][-keep_last:]
+    if best is not None:
+        kept.append(_path(folder, best))
     for path in complete:
         if path not in kept:
             disk.rename(path, _gone(path))
             _remove(_gone(path), disk)
     if _gone(final).exists():
         _remove(_gone(final), disk)
+
+
+def _path(folder: Path, step: int) -> Path:
+    """Where the checkpoint of a step lies."""
+    return folder / f"{_PREFIX}{step:08d}"
+
+
+def _best_step(state: Mapping[str, Any]) -> int | None:
+    """The best step so far, as a checkpoint's state names it; None without one."""
+    best = state.get("best") or {}
+    return best.get("step")
 
 
 def _gone(path: Path) -> Path:
@@ -217,6 +234,19 @@ def list_checkpoints(folder: Path) -> list[Path]:
 def latest_checkpoint(folder: Path) -> Path | None:
     """The newest checkpoint whose files have their recorded hashes; None without one."""
     return next((path for path in reversed(list_checkpoints(folder)) if _is_intact(path)), None)
+
+
+def best_checkpoint(folder: Path) -> Path | None:
+    """The best checkpoint that the newest intact one names; None without one.
+
+    Should the newest be damaged, what the one before it names counts.
+    """
+    for path in reversed(list_checkpoints(folder)):
+        if _is_intact(path):
+            step = _best_step(json.loads((path / STATE).read_text()))
+            if step is not None and _is_intact(_path(folder, step)):
+                return _path(folder, step)
+    return None
 
 
 def _is_intact(path: Path) -> bool:

@@ -29,6 +29,7 @@ from multimodal_dlm.training.config import TrainConfig
 from multimodal_dlm.training.initialisation import start_from_features
 from multimodal_dlm.training.objectives import build_objective
 from multimodal_dlm.training.objectives.base import Objective
+from multimodal_dlm.training.randomness import EVALUATION_SEED
 from multimodal_dlm.vocabulary import UnifiedVocabulary
 
 
@@ -40,6 +41,7 @@ class Job:
         model: Trained component, float32, on the CPU.
         objective: What is minimised.
         source: Batches by step.
+        held_out: Its batch 0 is what the run is evaluated on; None without evaluation.
         manifest: Data of the run.
         export: (model with the weights to save, folder) -> None.
         components: Everything a callback may need, by name.
@@ -51,6 +53,7 @@ class Job:
     manifest: Manifest
     export: Callable[[nn.Module, Path], None]
     components: Mapping[str, Any] = field(default_factory=dict)
+    held_out: BatchSource | None = None
 
 
 class BlankCodes(CodeCache):
@@ -102,10 +105,33 @@ def build_job(
         rank=rank,
         world_size=world_size,
     )
+    held_out = _held_out_reader(config, manifest, rank, world_size)
     objective = build_objective(config.objective.name, **config.objective.options)
     if config.model.component == "image_tokenizer":
-        return _image_tokenizer_job(config, manifest, reader, objective)
-    return _transformer_job(config, manifest, reader, objective, device, is_dry_run)
+        return _image_tokenizer_job(config, manifest, reader, held_out, objective)
+    return _transformer_job(config, manifest, reader, held_out, objective, device, is_dry_run)
+
+
+def _held_out_reader(
+    config: TrainConfig, manifest: Manifest, rank: int, world_size: int
+) -> MixtureReader | None:
+    """Reads the rows of the evaluation as its batch 0; None without evaluation."""
+    evaluation = config.evaluation
+    if not evaluation.every_steps:
+        return None
+    if evaluation.num_rows % world_size:
+        raise ConfigError(
+            "`evaluation.num_rows` must be a multiple of the number of processes; got"
+            f" {evaluation.num_rows} and {world_size}."
+        )
+    return MixtureReader(
+        manifest,
+        split=evaluation.split,
+        seed=EVALUATION_SEED,
+        batch_size=evaluation.num_rows,
+        rank=rank,
+        world_size=world_size,
+    )
 
 
 def build_vocabulary(tokenizer: Any, image_tokenizer: ImageTokenizer) -> UnifiedVocabulary:
@@ -122,6 +148,7 @@ def _transformer_job(
     config: TrainConfig,
     manifest: Manifest,
     reader: MixtureReader,
+    held_out: MixtureReader | None,
     objective: Objective,
     device: torch.device | None,
     is_dry_run: bool,
@@ -147,13 +174,20 @@ def _transformer_job(
         tokenizer=tokenizer,
         image_grids=((height, width),) * levels,
     )
-    if is_dry_run:
-        cache: CodeCache = BlankCodes(list(reader.sources.values()), reader.split, image_tokenizer)
-    else:
+    if not is_dry_run:
         image_tokenizer.to(device or torch.device("cpu"))
-        cache = open_code_cache(
-            reader.sources.values(), reader.split, image_tokenizer, config.data.cache_dir
+
+    def batches(reader: MixtureReader) -> CanvasBatches:
+        sources = list(reader.sources.values())
+        cache = (
+            BlankCodes(sources, reader.split, image_tokenizer)
+            if is_dry_run
+            else open_code_cache(sources, reader.split, image_tokenizer, config.data.cache_dir)
         )
+        return CanvasBatches(
+            reader, cache, processor, micro_batch_size=config.data.micro_batch_size
+        )
+
     components = {
         "tokenizer": tokenizer,
         "image_tokenizer": image_tokenizer,
@@ -174,10 +208,11 @@ def _transformer_job(
     return Job(
         model,
         objective,
-        CanvasBatches(reader, cache, processor, micro_batch_size=config.data.micro_batch_size),
+        batches(reader),
         manifest,
         export,
         components,
+        batches(held_out) if held_out else None,
     )
 
 
@@ -207,7 +242,11 @@ def _build_transformer(
 
 
 def _image_tokenizer_job(
-    config: TrainConfig, manifest: Manifest, reader: MixtureReader, objective: Objective
+    config: TrainConfig,
+    manifest: Manifest,
+    reader: MixtureReader,
+    held_out: MixtureReader | None,
+    objective: Objective,
 ) -> Job:
     if config.model.init_from is not None:
         model = ImageTokenizer.from_pretrained(_folder("model.init_from", config.model.init_from))
@@ -225,8 +264,10 @@ def _image_tokenizer_job(
         tokenizer.mark_released()
         tokenizer.save_pretrained(path)
 
-    source = PixelBatches(reader, micro_batch_size=config.data.micro_batch_size)
-    return Job(model, objective, source, manifest, export, {})
+    size = config.data.micro_batch_size
+    source = PixelBatches(reader, micro_batch_size=size)
+    held = PixelBatches(held_out, micro_batch_size=size) if held_out else None
+    return Job(model, objective, source, manifest, export, {}, held)
 
 
 def _folder(name: str, path: str) -> Path:

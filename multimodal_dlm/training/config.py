@@ -118,16 +118,55 @@ class LRScheduleConfig:
 
 
 @dataclass(frozen=True)
+class StabilityConfig:
+    """Steps without a finite loss and gradient are skipped, but not too many; spikes are reported.
+
+    Args:
+        max_skipped_in_a_row: More skipped steps in a row end the run; 0 ends it at the first.
+        max_skipped_share: More than this share of the last `window` steps skipped ends the run.
+        window: Steps that the running median and spread of loss and gradient norm look back on.
+        spike_deviations: Robust standard deviations above the median that make a spike; 0 for none.
+    """
+
+    max_skipped_in_a_row: int = 5
+    max_skipped_share: float = 0.1
+    window: int = 128
+    spike_deviations: float = 10.0
+
+
+@dataclass(frozen=True)
+class EvaluationConfig:
+    """The objective on held-out rows, at noise levels and masks that never change.
+
+    Args:
+        every_steps: Steps between evaluations, and after the last step; 0 for never.
+        split: Split that is read.
+        num_rows: Rows of the mixture, the same in every run; a multiple of the processes.
+        num_levels: Mask counts of each row: one in each of this many equal bands of noise.
+    """
+
+    every_steps: int = 0
+    split: str = "val"
+    num_rows: int = 64
+    num_levels: int = 4
+
+
+@dataclass(frozen=True)
 class CheckpointConfig:
     """When the run is saved.
 
     Args:
         every_steps: Steps between checkpoints; the last step is always saved.
         keep_last: Checkpoints kept.
+        best_metric: Value of the evaluation whose best step is saved and kept besides; None to
+            keep none.
+        best_mode: Whether the lowest value is best, or the highest.
     """
 
     every_steps: int = 500
     keep_last: int = 2
+    best_metric: str | None = "eval/loss"
+    best_mode: Literal["min", "max"] = "min"
 
 
 @dataclass(frozen=True)
@@ -160,6 +199,8 @@ class TrainConfig:
         optimizer: AdamW.
         lr_schedule: Warm-up and cosine.
         checkpoint: When the run is saved.
+        evaluation: Held-out bounds during the run.
+        stability: Skipped steps and spikes.
         export: What a finished run leaves.
         ema_decay: Decay of the averaged weights, warmed up; 0 for none.
         mixed_precision: `bf16` autocast or `no`.
@@ -168,6 +209,8 @@ class TrainConfig:
             says, else `none`.
         log_every_steps: Steps between lines of the log.
         sample_every_steps: Steps between calls of the callbacks (sample sheets); 0 for never.
+        grad_norms_every_steps: Steps between measurements of each modality's own gradient norm,
+            one more forward and backward for each; 0 for never.
         gradient_checkpointing: Recompute activations in backward to save memory.
         compile_blocks: Compile the repeated blocks.
         allow_changes: Resume although the config changed, such as to lengthen a run.
@@ -183,12 +226,15 @@ class TrainConfig:
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     lr_schedule: LRScheduleConfig = field(default_factory=LRScheduleConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    stability: StabilityConfig = field(default_factory=StabilityConfig)
     export: ExportConfig = field(default_factory=ExportConfig)
     ema_decay: float = 0.999
     mixed_precision: Literal["bf16", "no"] = "bf16"
     sharding: Literal["auto", "none", "zero2", "fsdp"] = "auto"
     log_every_steps: int = 20
     sample_every_steps: int = 0
+    grad_norms_every_steps: int = 100
     gradient_checkpointing: bool = False
     compile_blocks: bool = False
     allow_changes: bool = False
@@ -201,6 +247,12 @@ class TrainConfig:
         _at_least("checkpoint.every_steps", self.checkpoint.every_steps, 1)
         _at_least("checkpoint.keep_last", self.checkpoint.keep_last, 1)
         _at_least("seed", self.seed, 0)
+        _at_least("grad_norms_every_steps", self.grad_norms_every_steps, 0)
+        _at_least("evaluation.every_steps", self.evaluation.every_steps, 0)
+        _at_least("evaluation.num_rows", self.evaluation.num_rows, 1)
+        _at_least("evaluation.num_levels", self.evaluation.num_levels, 1)
+        _at_least("stability.max_skipped_in_a_row", self.stability.max_skipped_in_a_row, 0)
+        _at_least("stability.window", self.stability.window, 1)
         if self.data.micro_batch_size is not None:
             _at_least("data.micro_batch_size", self.data.micro_batch_size, 1)
         if not 0.0 <= self.ema_decay < 1.0:
@@ -226,6 +278,7 @@ RESUMABLE_CHANGES = (
     "export.dtype",
     "export.folder",
     "export.use_ema",
+    "grad_norms_every_steps",
     "gradient_checkpointing",
     "log_every_steps",
     "output_dir",
@@ -247,6 +300,19 @@ def config_changes(
         elif left != right and path not in RESUMABLE_CHANGES:
             changes[path] = (left, right)
     return changes
+
+
+def with_defaults(config: Mapping[str, Any]) -> dict[str, Any]:
+    """A saved config with the defaults of the fields that came after it."""
+
+    def filled(values: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any]:
+        result = {**defaults, **values}
+        for name, default in defaults.items():
+            if isinstance(default, Mapping) and isinstance(result[name], Mapping):
+                result[name] = filled(result[name], default)
+        return result
+
+    return filled(config, TrainConfig(output_dir="", num_train_steps=1).to_dict())
 
 
 def load_train_config(path: str | Path, overrides: Sequence[str] = ()) -> TrainConfig:

@@ -8,6 +8,7 @@ import numpy as np
 import torch
 
 _ROW, _STEP = 11, 12
+EVALUATION_SEED = 0  # Of held-out rows, noise levels and masks, whatever the run's seed.
 
 
 def row_generator(seed: int, step: int, row: int) -> torch.Generator:

@@ -2,9 +2,9 @@
 
 import logging
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from accelerate import Accelerator
@@ -20,7 +20,7 @@ from multimodal_dlm.training.checkpoint import (
     save_checkpoint,
 )
 from multimodal_dlm.training.components import Job
-from multimodal_dlm.training.config import TrainConfig, config_changes
+from multimodal_dlm.training.config import TrainConfig, config_changes, with_defaults
 from multimodal_dlm.training.ema import ExponentialMovingAverage
 from multimodal_dlm.training.optimizer_state import (
     model_tensors,
@@ -36,6 +36,18 @@ logger = logging.getLogger(__name__)
 CHECKPOINTS = "checkpoints"
 
 
+class Record(Protocol):
+    """A small part of a run that every process holds alike, as JSON values."""
+
+    def state(self) -> dict[str, Any]:
+        """What to save."""
+        ...
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Go on from what was saved."""
+        ...
+
+
 @dataclass
 class RunKeeper:
     """Saves a run and takes it up again; every process takes part, the main one writes.
@@ -48,6 +60,7 @@ class RunKeeper:
         meter: Terms that are not logged yet.
         config: The run.
         accelerator: Processes and devices.
+        records: What else is saved, by name.
     """
 
     job: Job
@@ -57,6 +70,7 @@ class RunKeeper:
     meter: TermMeter
     config: TrainConfig
     accelerator: Accelerator
+    records: Mapping[str, Record] = field(default_factory=dict)
 
     @property
     def folder(self) -> Path:
@@ -77,7 +91,7 @@ class RunKeeper:
             keep = self.accelerator.is_main_process
             tensors["ema"] = whole_tensors(self.ema.weights, keep=keep)
         if self.accelerator.is_main_process:
-            state = {
+            state = {name: record.state() for name, record in self.records.items()} | {
                 "loader": self.job.source.state(step),
                 "optimizer_groups": groups,
                 "ema_updates": self.ema.num_updates if self.ema else 0,
@@ -125,12 +139,15 @@ class RunKeeper:
         processes = self.accelerator.num_processes
         for sums in state.get("meters", [])[self.accelerator.process_index :: processes]:
             self.meter.add_sums(sums)
+        for name, record in self.records.items():
+            if name in state:
+                record.restore(state[name])
         logger.info("Resumed from %s.", path)
         return self.job.source.restore(dict(state["loader"]))
 
     def _check_continues(self, path: Path, state: Mapping[str, Any]) -> None:
         """Refuse a checkpoint of another config or of other data."""
-        changes = config_changes(state["config"], self.config.to_dict())
+        changes = config_changes(with_defaults(state["config"]), self.config.to_dict())
         listed = "; ".join(f"`{name}` {old} -> {new}" for name, (old, new) in changes.items())
         if changes and not self.config.allow_changes:
             raise CheckpointError(

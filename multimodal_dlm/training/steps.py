@@ -1,6 +1,11 @@
-"""One optimizer step: forward and backward of all micro-batches, then clip, step and average."""
+"""One optimizer step: forward and backward of all micro-batches, then clip, step and average.
+
+Or none of it: a step that the stability monitor refuses leaves weights, buffers, optimizer,
+averages and the log's sums as they were.
+"""
 
 import math
+from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -10,13 +15,19 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 from torch import Tensor, nn
 
-from multimodal_dlm.errors import DivergenceError
 from multimodal_dlm.training.config import TrainConfig
 from multimodal_dlm.training.ema import ExponentialMovingAverage
 from multimodal_dlm.training.lr_schedule import learning_rate
-from multimodal_dlm.training.objectives.base import Batch, Objective, Term
+from multimodal_dlm.training.objectives.base import (
+    Batch,
+    Objective,
+    ObjectiveOutput,
+    StepPlan,
+    Term,
+)
 from multimodal_dlm.training.randomness import row_generator
 from multimodal_dlm.training.sharding import ReplicatedModel, check_rows
+from multimodal_dlm.training.stability import StabilityMonitor
 from multimodal_dlm.training.tracking import TermMeter
 
 
@@ -39,6 +50,19 @@ class ModelView:
         return getattr(self._model, name)
 
 
+@dataclass(frozen=True)
+class StepReport:
+    """What a step did.
+
+    Args:
+        grad_norm: Global norm of the gradient before clipping; no number in a skipped step.
+        is_skipped: Whether nothing was changed.
+    """
+
+    grad_norm: float
+    is_skipped: bool
+
+
 @dataclass
 class TrainStep:
     """Takes one optimizer step at a time.
@@ -48,6 +72,7 @@ class TrainStep:
         objective: What is minimised.
         ema: Averaged weights, or None.
         meter: Gets the reported terms.
+        monitor: Decides which steps count.
         config: The run.
         accelerator: Processes and devices.
     """
@@ -56,6 +81,7 @@ class TrainStep:
     objective: Objective
     ema: ExponentialMovingAverage | None
     meter: TermMeter
+    monitor: StabilityMonitor
     config: TrainConfig
     accelerator: Accelerator
 
@@ -64,28 +90,42 @@ class TrainStep:
         self.is_checked = False
         self.view = ModelView(self.parallel.wrapper, self.model)
 
-    def take(self, number: int, batches: list[Batch]) -> float:
+    def take(self, number: int, batches: list[Batch]) -> StepReport:
         """Train on global batch `number`.
 
         Args:
             number: Number of the step, from 0.
             batches: This process's micro-batches.
 
-        Returns:
-            Global norm of the gradient before clipping.
+        Raises:
+            DivergenceError: When too many steps had no finite loss and gradient.
         """
         batches = [batch.to(self.accelerator.device) for batch in batches]
         self._check_rows(batches)
         self._set_learning_rate(number)
-        total = self._accumulate(number, batches)
+        buffers = [buffer.clone() for buffer in self.model.buffers()]
+        plan = self.objective.prepare(
+            batches,
+            seed=self.config.seed,
+            step=number,
+            gather=gather_object,
+            num_processes=self.accelerator.num_processes,
+        )
+        terms = self._part_norms(number, batches, plan)
+        losses = self._accumulate(number, batches, plan, terms)
         grad_norm = self.parallel.clip_gradients(self.config.optimizer.max_grad_norm)
-        self._check_finite("gradient", grad_norm, number, batches)
-        self.optimizer.step()
+        is_accepted = self._is_accepted(number, losses, grad_norm, batches)
+        if is_accepted:
+            self.optimizer.step()
+            if self.ema is not None:
+                self.ema.update(self.model)
+            terms.add({"loss": Term(losses.sum(), torch.ones(()))})
+            self.meter.add(terms.terms())
+        else:
+            for buffer, value in zip(self.model.buffers(), buffers, strict=True):
+                buffer.copy_(value)
         self.optimizer.zero_grad(set_to_none=True)
-        if self.ema is not None:
-            self.ema.update(self.model)
-        self.meter.add({"loss": Term(total, torch.ones(()))})
-        return grad_norm
+        return StepReport(grad_norm, not is_accepted)
 
     def _check_rows(self, batches: list[Batch]) -> None:
         """Before the first step: do the processes together see every row once?"""
@@ -106,39 +146,62 @@ class TrainStep:
         for group in self.optimizer.param_groups:
             group["lr"] = rate
 
-    def _accumulate(self, number: int, batches: list[Batch]) -> Tensor:
-        """Gradients of all micro-batches added up; returns this process's share of the loss."""
-        plan = self.objective.prepare(
-            batches,
-            seed=self.config.seed,
-            step=number,
-            gather=gather_object,
-            num_processes=self.accelerator.num_processes,
-        )
-        total = torch.zeros((), device=self.accelerator.device)
+    def _accumulate(
+        self, number: int, batches: list[Batch], plan: StepPlan, terms: TermMeter
+    ) -> Tensor:
+        """Gradients of all micro-batches added up.
+
+        Returns:
+            Scaled loss of each micro-batch of this process.
+        """
+        losses = []
         for index, (batch, context) in enumerate(zip(batches, plan.contexts, strict=True)):
             is_final = index == len(batches) - 1
             with nullcontext() if is_final else self.parallel.accumulating():
-                total += self._backward(number, batch, context, plan.loss_scale)
-        return total
+                output = self._forward(number, batch, context)
+                (output.loss * plan.loss_scale).backward()
+            losses.append(output.loss.detach().float() * plan.loss_scale)
+            terms.add(output.terms)
+        return torch.stack(losses)
 
-    def _backward(self, number: int, batch: Batch, context: dict[str, Any], scale: float) -> Tensor:
-        """Scaled loss of one micro-batch, after its backward."""
-        seed, device = self.config.seed, self.accelerator.device
-        generators = [row_generator(seed, number, row) for row in batch.rows]
-        is_bf16 = self.config.mixed_precision == "bf16"
-        with torch.autocast(device.type, dtype=torch.bfloat16, enabled=is_bf16):
-            output = self.objective(self.view, batch.inputs, generator=generators, **context)
-        self._check_finite("loss", float(output.loss.detach()), number, [batch])
-        (output.loss * scale).backward()
-        self.meter.add(output.terms)
-        return output.loss.detach().float() * scale
+    def _forward(self, number: int, batch: Batch, context: dict[str, Any]) -> ObjectiveOutput:
+        """Loss and terms of one micro-batch."""
+        generators = [row_generator(self.config.seed, number, row) for row in batch.rows]
+        device, is_bf16 = self.accelerator.device.type, self.config.mixed_precision == "bf16"
+        with torch.autocast(device, dtype=torch.bfloat16, enabled=is_bf16):
+            return self.objective(self.view, batch.inputs, generator=generators, **context)
 
-    def _check_finite(self, what: str, value: float, number: int, batches: list[Batch]) -> None:
-        if not math.isfinite(value):
-            keys = [key for batch in batches for key in batch.keys]
-            raise DivergenceError(
-                f"The {what} must be finite; got {value} in step {number} with the samples"
-                f" {', '.join(keys[:8])}{' ...' if len(keys) > 8 else ''}. Lower `optimizer.lr` or"
-                " look at these samples; the last checkpoint is whole."
-            )
+    def _part_norms(self, number: int, batches: list[Batch], plan: StepPlan) -> TermMeter:
+        """Gradient norm of each part of the loss (each modality) on its own, in every n-th step.
+
+        The whole gradient of the global batch, before clipping, by a forward and backward of each
+        part: with any number of processes and micro-batches it is the norm a step on that part
+        alone would have.
+        """
+        meter, every = TermMeter(), self.config.grad_norms_every_steps
+        if not every or (number + 1) % every:
+            return meter
+        for name, contexts in self.objective.parts(self.view, plan.contexts).items():
+            self._accumulate(number, batches, StepPlan(contexts, plan.loss_scale), TermMeter())
+            meter.add({f"grad_norm/{name}": torch.tensor(self.parallel.clip_gradients(math.inf))})
+            self.optimizer.zero_grad(set_to_none=True)
+        return meter
+
+    def _is_accepted(
+        self, number: int, losses: Tensor, grad_norm: float, batches: Sequence[Batch]
+    ) -> bool:
+        """Ask the monitor, with the loss and the samples of all processes."""
+        values = losses.tolist()
+        broken = [
+            key
+            for batch, value in zip(batches, values, strict=True)
+            if not math.isfinite(value)
+            for key in batch.keys
+        ]
+        everything = [key for batch in batches for key in batch.keys]
+        parts = gather_object([(sum(values), grad_norm, broken, everything)])
+        loss = sum(part[0] for part in parts) / len(parts)
+        grad_norm = max((part[1] for part in parts), key=lambda norm: (math.isnan(norm), norm))
+        samples = [key for part in parts for key in part[2]]
+        samples = samples or [key for part in parts for key in part[3]]
+        return self.monitor.accepts(number, {"loss": loss, "grad_norm": grad_norm}, samples)

@@ -33,6 +33,10 @@ class TermMeter:
                 total, count = self._sums[name][0] + total, self._sums[name][1] + count
             self._sums[name] = [total, count]
 
+    def terms(self) -> dict[str, Term]:
+        """Both sums of each term, where they are."""
+        return {name: Term(total, count) for name, (total, count) in self._sums.items()}
+
     def sums(self) -> dict[str, tuple[float, float]]:
         """Both sums of each term, for joining processes."""
         return {name: (float(total), float(count)) for name, (total, count) in self._sums.items()}
@@ -74,6 +78,11 @@ class MetricsFile:
         with self.path.open("a") as file:
             file.write(json.dumps(values) + "\n")
 
+    def sync(self) -> None:
+        """Put the rows on disk, before a checkpoint that they lead up to."""
+        with self.path.open("a") as file:
+            os.fsync(file.fileno())
+
 
 class Clock:
     """Tokens a second and time left, over the steps of this process alone."""
@@ -102,13 +111,14 @@ class Clock:
 
 def human_line(step: int, num_train_steps: int, values: Mapping[str, float]) -> str:
     """One line for people: step, loss, bounds, rate and time left."""
-    shown = [f"step {step}/{num_train_steps}", f"loss {values['loss']:.4f}"]
+    shown = [f"step {step}/{num_train_steps}"]
+    shown.append(f"loss {values['loss']:.4f}" if "loss" in values else "skipped")
     for name, value in values.items():
         parts = name.split("/")
         if parts[0] in ("nelbo", "content") and len(parts) == 2:
             shown.append(f"{parts[1]}{'*' if parts[0] == 'content' else ''} {value:.3f}")
     shown += [
-        f"grad {values['grad_norm']:.2f}",
+        f"grad {values.get('grad_norm', math.nan):.2f}",
         f"lr {values['lr']:.2e}",
         f"{values['tokens_per_s']:,.0f} tok/s",
         f"left {duration(values['eta_s'])}",

@@ -6,6 +6,7 @@ what a checkpoint holds in `saving`, how processes hold the model in `sharding`.
 """
 
 import logging
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -21,11 +22,13 @@ from multimodal_dlm.training.callbacks import Callback, TrainState
 from multimodal_dlm.training.components import Job
 from multimodal_dlm.training.config import TrainConfig
 from multimodal_dlm.training.ema import ExponentialMovingAverage
+from multimodal_dlm.training.evaluation_loop import BestStep, EvaluationLoop
 from multimodal_dlm.training.launching import check_accelerator, resolve_sharding
 from multimodal_dlm.training.optimizer import build_optimizer
 from multimodal_dlm.training.saving import RunKeeper
 from multimodal_dlm.training.sharding import spread_model
-from multimodal_dlm.training.steps import TrainStep
+from multimodal_dlm.training.stability import StabilityMonitor, check_weights
+from multimodal_dlm.training.steps import StepReport, TrainStep
 from multimodal_dlm.training.stopping import StopRequest
 from multimodal_dlm.training.tracking import Clock, MetricsFile, TermMeter, human_line, join_sums
 
@@ -74,19 +77,40 @@ class Trainer:
             ExponentialMovingAverage(self.model, config.ema_decay) if config.ema_decay else None
         )
         self.meter = TermMeter()
+        self.monitor, self.best = StabilityMonitor(config.stability), BestStep(config.checkpoint)
         self.train_step = TrainStep(
             self.parallel,
             self.objective,
             self.ema,
             self.meter,
+            self.monitor,
             config,
             accelerator,
         )
+        self.evaluation = None
+        if job.held_out is not None:
+            self.evaluation = EvaluationLoop(
+                self.model,
+                self.train_step.view,
+                self.objective,
+                job.held_out,
+                self.ema,
+                config,
+                accelerator,
+            )
         self.keeper = RunKeeper(
-            job, self.wrapper, self.optimizer, self.ema, self.meter, config, accelerator
+            job,
+            self.wrapper,
+            self.optimizer,
+            self.ema,
+            self.meter,
+            config,
+            accelerator,
+            {"stability": self.monitor, "best": self.best},
         )
         self.stop = StopRequest()
         self.step = 0
+        self.metrics: MetricsFile | None = None
 
     def _build_optimizer(self, model: nn.Module) -> Optimizer:
         options = self.config.optimizer
@@ -103,60 +127,90 @@ class Trainer:
 
         Returns:
             Step reached, whether it is the last, and the last logged values.
+
+        Raises:
+            DivergenceError: When too many steps had no finite loss and gradient.
         """
         if self.accelerator.device.type == "cpu":
             keep_freed_memory()
         self.step = self.keeper.resume()
         first, last = self.step, self.config.num_train_steps
-        is_main = self.accelerator.is_main_process
-        metrics = MetricsFile(self.output_dir / METRICS, first_step=first) if is_main else None
-        clock = Clock(first, last)
+        if self.accelerator.is_main_process:
+            self.metrics = MetricsFile(self.output_dir / METRICS, first_step=first)
+        clock, is_due = Clock(first, last), False
         values: dict[str, float] = {}
         workers = self.config.data.num_workers
         with self.stop.listening():
             for number, batches in iterate_steps(self.job.source, first, last, num_workers=workers):
-                grad_norm = self.train_step.take(number, batches)
+                report = self.train_step.take(number, batches)
                 self.step = number + 1
                 clock.add(sum(batch.num_tokens for batch in batches))
-                is_last = self.step == last
-                if is_last or self.step % self.config.log_every_steps == 0:
-                    values = self._log(metrics, clock, grad_norm)
-                self._sample(metrics, is_last)
-                stops = self.stop.is_shared(self.accelerator)
-                if is_last or stops or self.step % self.config.checkpoint.every_steps == 0:
-                    self.keeper.save(self.step)
+                if self._is_turn(self.config.log_every_steps):
+                    values = self._log(clock, report)
+                is_best = self._evaluate()
+                self._sample()
+                # Checkpoint and stop wait for a step that counts: then the weights are sound.
+                is_due |= self._is_turn(self.config.checkpoint.every_steps)
+                stops = self.stop.is_shared(self.accelerator) and not report.is_skipped
+                if self.step == last:
+                    check_weights(self.model)
+                if is_best or stops or self.step == last or (is_due and not report.is_skipped):
+                    self._save()
+                    is_due = False
                 if stops:
                     logger.info("Stopped at step %d; run the same command to go on.", self.step)
                     break
         return {"step": self.step, "is_finished": self.step == last, **values}
 
-    def _log(self, metrics: MetricsFile | None, clock: Clock, grad_norm: float) -> dict[str, float]:
+    def _is_turn(self, every: int) -> bool:
+        """Every so many steps and after the last one; never for 0."""
+        return bool(every) and (self.step == self.config.num_train_steps or self.step % every == 0)
+
+    def _log(self, clock: Clock, report: StepReport) -> dict[str, float]:
         rates = clock.read(self.step)
         rates["tokens_per_s"] *= self.accelerator.num_processes
         values = join_sums(gather_object([self.meter.sums()]))
         self.meter.clear()
-        lr = self.optimizer.param_groups[0]["lr"]
-        values = {"loss": values.pop("loss"), **values, "grad_norm": grad_norm, "lr": lr, **rates}
-        self.accelerator.log(values, step=self.step)
-        if metrics is not None:
-            metrics.write({"step": self.step, **values})
+        values |= self.monitor.counts()
+        values |= {"grad_norm": report.grad_norm, "lr": self.optimizer.param_groups[0]["lr"]}
+        values = {name: value for name, value in values.items() if math.isfinite(value)} | rates
+        self._write(values)
+        if self.metrics is not None:
             logger.info(human_line(self.step, self.config.num_train_steps, values))
         return values
 
-    def _sample(self, metrics: MetricsFile | None, is_last: bool) -> None:
-        """Call the callbacks when it is their turn, in evaluation mode."""
-        every = self.config.sample_every_steps
-        is_turn = every and (is_last or self.step % every == 0)
+    def _write(self, values: Mapping[str, float]) -> None:
+        """To the trackers and, in the main process, to the metrics file."""
+        self.accelerator.log(dict(values), step=self.step)
+        if self.metrics is not None:
+            self.metrics.write({"step": self.step, **values})
+
+    def _evaluate(self) -> bool:
+        """Evaluate when it is time; True when the step is the best so far."""
+        if self.evaluation is None or not self._is_turn(self.config.evaluation.every_steps):
+            return False
+        values = self.evaluation.run()
+        self._write(values)
+        is_best = self.best.is_improved_by(self.step, values)
+        logger.info(
+            "Evaluation at step %d: loss %.4f%s.",
+            *(self.step, values["eval/loss"], ", the best so far" if is_best else ""),
+        )
+        return is_best
+
+    def _save(self) -> None:
+        if self.metrics is not None:
+            self.metrics.sync()
+        self.keeper.save(self.step)
+
+    def _sample(self) -> None:
+        """Call the callbacks when it is their turn, in evaluation mode, in the main process."""
+        is_turn = self._is_turn(self.config.sample_every_steps)
         if not is_turn or not self.callbacks:
             return
         model, ema = self.parallel.gathered(self.ema)
-        if metrics is None:
+        if self.metrics is None:
             return
-
-        def log(values: Mapping[str, float]) -> None:
-            metrics.write({"step": self.step, **values})
-            self.accelerator.log(dict(values), step=self.step)
-
         state = TrainState(
             self.step,
             self.config.num_train_steps,
@@ -164,7 +218,7 @@ class Trainer:
             ema,
             self.output_dir,
             self.job.components,
-            log,
+            self._write,
         )
         model.eval()
         for callback in self.callbacks:

@@ -25,7 +25,7 @@ from multimodal_dlm.training.config import (
     TrainConfig,
 )
 
-NUM_SAMPLES = 12
+NUM_SAMPLES = {"train": 12, "val": 6}
 IMAGE_SIZE = 32
 COLOURS = ("red", "green", "blue")
 
@@ -34,23 +34,7 @@ def write_data(folder: Path) -> Path:
     """Write a mixture of one source with pictures; return its manifest."""
     shards = folder / "squares"
     shards.mkdir(parents=True)
-    writer = ShardWriter(shards, "train", shard_size=5)
-    draw = np.random.default_rng(0)
-    for number in range(NUM_SAMPLES):
-        colour = COLOURS[number % 3]
-        pixels = draw.integers(0, 40, (IMAGE_SIZE, IMAGE_SIZE, 3), dtype=np.uint8)
-        pixels[8:24, 8:24, number % 3] = 200
-        buffer = io.BytesIO()
-        Image.fromarray(pixels).save(buffer, "PNG")
-        record = Record(
-            key=f"square-{number:03d}",
-            source="squares",
-            split="train",
-            license="CC0-1.0",
-            captions=(f"a {colour} square",),
-            qa=(QuestionAnswer("what colour is it?", colour, "colour"),),
-        )
-        writer.write(Sample(record=record, image_bytes=buffer.getvalue()))
+    splits = {split: _write_split(shards, split) for split in NUM_SAMPLES}
     content = {
         "name": "squares",
         "recipe": "squares",
@@ -63,10 +47,31 @@ def write_data(folder: Path) -> Path:
         "tasks": {"text_to_image": 2, "caption": 1, "vqa": 2, "joint": 1},
         "caption_weights": {},
     }
-    write_dataset_manifest(folder / "squares.yaml", content, {"train": writer.close()}, "A test.")
+    write_dataset_manifest(folder / "squares.yaml", content, splits, "A test.")
     mixture = folder / "mixture.yaml"
     mixture.write_text(yaml.safe_dump({"name": "m", "mixture": [{"manifest": "squares.yaml"}]}))
     return mixture
+
+
+def _write_split(shards: Path, split: str):
+    writer = ShardWriter(shards, split, shard_size=5)
+    draw = np.random.default_rng(len(split))
+    for number in range(NUM_SAMPLES[split]):
+        colour = COLOURS[number % 3]
+        pixels = draw.integers(0, 40, (IMAGE_SIZE, IMAGE_SIZE, 3), dtype=np.uint8)
+        pixels[8:24, 8:24, number % 3] = 200
+        buffer = io.BytesIO()
+        Image.fromarray(pixels).save(buffer, "PNG")
+        record = Record(
+            key=f"square-{number:03d}" if split == "train" else f"{split}-{number:03d}",
+            source="squares",
+            split=split,
+            license="CC0-1.0",
+            captions=(f"a {colour} square",),
+            qa=(QuestionAnswer("what colour is it?", colour, "colour"),),
+        )
+        writer.write(Sample(record=record, image_bytes=buffer.getvalue()))
+    return writer.close()
 
 
 def write_tokenizers(folder: Path) -> TokenizersConfig:

@@ -17,18 +17,20 @@ from multimodal_dlm.errors import CheckpointError
 from multimodal_dlm.training.checkpoint import (
     Checkpoint,
     Disk,
+    best_checkpoint,
     latest_checkpoint,
     load_checkpoint,
     save_checkpoint,
 )
 
-OLD, NEW = 1, 2
+BEST_BEFORE, OLD, NEW = 0, 1, 2
 STEMS = ("ema", "model", "optimizer", "rng")
 Edit = tuple[str, int, object]
 
 
-def checkpoint(step: int) -> Checkpoint:
-    return Checkpoint(step, {stem: {"w": torch.arange(4.0) + step} for stem in STEMS}, {"x": step})
+def checkpoint(step: int, best: int | None = None) -> Checkpoint:
+    tensors = {stem: {"w": torch.arange(4.0) + step} for stem in STEMS}
+    return Checkpoint(step, tensors, {"x": step, "best": {"step": best}})
 
 
 class RecordingDisk(Disk):
@@ -195,17 +197,24 @@ def write_state(folder: Path, state: dict[str, bytes | None]) -> None:
             (folder / name).write_bytes(content)
 
 
-def step_that_loads(folder: Path) -> int:
-    """The step of the latest checkpoint, which must hold exactly what was saved."""
+def steps_that_load(folder: Path) -> tuple[int, int | None]:
+    """The steps of the latest and the best checkpoint, which must hold exactly what was saved."""
     path = latest_checkpoint(folder)
     assert path is not None
+    latest = checked(path)
+    best, found = latest.state["best"]["step"], best_checkpoint(folder)
+    assert (None if found is None else checked(found).step) == best
+    return latest.step, best
+
+
+def checked(path: Path) -> Checkpoint:
     found = load_checkpoint(path)
-    expected = checkpoint(found.step)
+    expected = checkpoint(found.step, found.state["best"]["step"])
     assert found.state == {**expected.state, "step": found.step}
     assert found.tensors.keys() == expected.tensors.keys()
     for stem, tensors in expected.tensors.items():
         assert torch.equal(found.tensors[stem]["w"], tensors["w"])
-    return found.step
+    return found
 
 
 def damage_newest(folder: Path) -> None:
@@ -215,22 +224,41 @@ def damage_newest(folder: Path) -> None:
     shutil.copytree(folder / "step-00000001", folder / ".step-00000003.part")
 
 
-def recorded_save(folder: Path, keep_last: int, *, is_damaged: bool):
-    for step in (0, OLD) if keep_last > 1 else (OLD,):
-        save_checkpoint(folder, checkpoint(step), keep_last=keep_last)
+# The best step before the save, and the one that the saved checkpoint names.
+BEST = {
+    (None, None): 500,  # At least so many different states of the disk are tried.
+    (BEST_BEFORE, BEST_BEFORE): 300,
+    (BEST_BEFORE, NEW): 400,
+    (OLD, NEW): 500,
+}
+
+
+def prepare(folder: Path, keep_last: int, best: int | None, *, is_damaged: bool) -> None:
+    """What lies in the folder before the save that is cut off."""
+    steps = {0, OLD} if keep_last > 1 else {OLD}
+    for step in sorted(steps | ({BEST_BEFORE} if best == BEST_BEFORE else set())):
+        known = best if best is not None and step >= best else None
+        save_checkpoint(folder, checkpoint(step, known), keep_last=keep_last)
     if is_damaged:
         damage_newest(folder)
+
+
+def recorded_save(folder: Path, keep_last: int, best: tuple, *, is_damaged: bool):
+    prepare(folder, keep_last, best[0], is_damaged=is_damaged)
     simulated, disk = SimulatedDisk(folder), RecordingDisk()
-    save_checkpoint(folder, checkpoint(NEW), keep_last=keep_last, disk=disk)
+    save_checkpoint(folder, checkpoint(NEW, best[1]), keep_last=keep_last, disk=disk)
     return simulated, disk.operations
 
 
-def test_every_crash_of_a_save_leaves_the_old_or_the_new_checkpoint(tmp_path):
-    seen: dict[str, int] = {}
+@pytest.mark.parametrize("best", BEST)
+def test_every_crash_of_a_save_leaves_the_old_or_the_new_checkpoint(tmp_path, best):
+    """And with it the best step that it names, intact."""
+    seen: dict[str, tuple[int, int | None]] = {}
+    before, after = (OLD, best[0]), (NEW, best[1])
     for keep_last, is_damaged in ((1, False), (2, False), (1, True), (2, True)):
         folder = tmp_path / f"{keep_last}{is_damaged}"
-        simulated, operations = recorded_save(folder, keep_last, is_damaged=is_damaged)
-        steps: list[set[int]] = []
+        simulated, operations = recorded_save(folder, keep_last, best, is_damaged=is_damaged)
+        steps: list[set[tuple[int, int | None]]] = []
         for operation in (None, *operations):
             if operation is not None:
                 simulated.apply(operation)
@@ -239,36 +267,38 @@ def test_every_crash_of_a_save_leaves_the_old_or_the_new_checkpoint(tmp_path):
                 digest = hashlib.sha256(repr(sorted(state.items())).encode()).hexdigest()
                 if digest not in seen:
                     write_state(tmp_path / "crash", state)
-                    seen[digest] = step_that_loads(tmp_path / "crash")
+                    seen[digest] = steps_that_load(tmp_path / "crash")
                 steps[-1].add(seen[digest])
-        assert steps[0] == {OLD}
-        assert steps[-1] == {NEW}  # What is reported as saved survives a power cut.
-        assert all(found <= {OLD, NEW} for found in steps)
-        assert {OLD, NEW} in steps
-    assert len(seen) >= 500
+        assert steps[0] == {before}
+        assert steps[-1] == {after}  # What is reported as saved survives a power cut.
+        assert all(found <= {before, after} for found in steps)
+        assert {before, after} in steps
+    assert len(seen) >= BEST[best]
 
 
 @pytest.mark.parametrize("code", [errno.ENOSPC, errno.EIO])
 @pytest.mark.parametrize("is_damaged", [False, True])
-def test_a_disk_that_refuses_any_operation_loses_nothing(tmp_path, code, is_damaged):
-    _, operations = recorded_save(tmp_path / "whole", 1, is_damaged=is_damaged)
+@pytest.mark.parametrize("best", [(None, None), (BEST_BEFORE, BEST_BEFORE), (BEST_BEFORE, NEW)])
+def test_a_disk_that_refuses_any_operation_loses_nothing(tmp_path, code, is_damaged, best):
+    _, operations = recorded_save(tmp_path / "whole", 1, best, is_damaged=is_damaged)
+    before, after = (OLD, best[0]), (NEW, best[1])
     outcomes = set()
     for at in range(len(operations)):
         folder = tmp_path / str(at)
-        save_checkpoint(folder, checkpoint(OLD), keep_last=1)
-        if is_damaged:
-            damage_newest(folder)
+        prepare(folder, 1, best[0], is_damaged=is_damaged)
         try:
-            save_checkpoint(folder, checkpoint(NEW), keep_last=1, disk=FailingDisk(at, code))
+            disk = FailingDisk(at, code)
+            save_checkpoint(folder, checkpoint(NEW, best[1]), keep_last=1, disk=disk)
             is_saved = True
         except CheckpointError:
             is_saved = False
-        found = step_that_loads(folder)
-        assert found == NEW if is_saved else found in (OLD, NEW)
+        found = steps_that_load(folder)
+        assert found == after if is_saved else found in (before, after)
         outcomes.add((is_saved, found))
-        save_checkpoint(folder, checkpoint(4), keep_last=1)  # The disk is well again.
-        assert [path.name for path in folder.iterdir()] == ["step-00000004"]
-    assert {(False, OLD), (True, NEW)} <= outcomes
+        save_checkpoint(folder, checkpoint(4, best[1]), keep_last=1)  # The disk is well again.
+        kept = {path.name for path in folder.iterdir()} - {f"step-0000000{best[1]}"}
+        assert kept == {"step-00000004"}
+    assert {(False, before), (True, after)} <= outcomes
 
 
 def test_a_damaged_newer_checkpoint_does_not_push_out_the_one_just_saved(tmp_path):

@@ -25,7 +25,7 @@ def image_tokenizer(run_root) -> ImageTokenizer:
 def test_cached_codes_are_those_of_the_pictures(run_root, image_tokenizer, tmp_path):
     source = open_manifest(run_root / "mixture.yaml").sources["squares"]
     cache = open_code_cache([source], "train", image_tokenizer, tmp_path, batch_size=5)
-    assert cache.num_pictures == NUM_SAMPLES
+    assert cache.num_pictures == NUM_SAMPLES["train"]
     reader = ShardReader(source.splits["train"])
     for index in (0, 4, 11):
         codes = image_tokenizer.encode(pixels_from_images([reader[index].image]))

@@ -69,6 +69,34 @@ def test_two_processes_report_what_one_reports(two_root, run):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("run", SHARED)
+@pytest.mark.parametrize("prefix", ["eval/", "grad_norm/"])
+def test_two_processes_evaluate_and_measure_as_one(two_root, run, prefix):
+    """Held-out bounds and gradient norms by modality; the weights differ by rounding alone."""
+    one, two = (
+        [
+            {name: value for name, value in row.items() if name.startswith(prefix)}
+            for row in map(json.loads, (two_root / name / "metrics.jsonl").open())
+        ]
+        for name in ("one", run)
+    )
+    assert sum(map(len, one)) >= 4
+    for left, right in zip(one, two, strict=True):
+        assert right == pytest.approx(left, rel=1e-3)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("sharding", ["none", "fsdp"])
+def test_a_step_that_one_process_cannot_compute_is_skipped_by_all(two_root, sharding):
+    folder = two_root / f"skipped_{sharding}/checkpoints"
+    state = json.loads((folder / f"step-{STEPS:08d}/state.json").read_text())
+    assert state["stability"]["skipped"] == [1]
+    assert state["ema_updates"] == STEPS - 1
+    model = load_file(folder / f"step-{STEPS:08d}/model.safetensors")
+    assert all(bool(tensor.isfinite().all()) for tensor in model.values())
+
+
+@pytest.mark.slow
 def test_blocks_that_travel_in_bf16_train_alike(two_root):
     assert losses(two_root, "fsdp_bf16") == pytest.approx(losses(two_root, "one"), rel=0.02)
     assert losses(two_root, "fsdp_bf16") != pytest.approx(losses(two_root, "one"), rel=1e-6)

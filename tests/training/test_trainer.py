@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from multimodal_dlm.errors import CheckpointError, DivergenceError
 from multimodal_dlm.pipelines import load_pipeline
 from multimodal_dlm.training.checkpoint import latest_checkpoint, list_checkpoints
-from multimodal_dlm.training.config import CheckpointConfig, DataConfig
+from multimodal_dlm.training.config import CheckpointConfig, DataConfig, StabilityConfig
 from multimodal_dlm.training.run import describe, train
 from tests.training.runs import run_config
 
@@ -146,7 +146,9 @@ def test_a_signal_ends_the_run_with_a_checkpoint(run_root):
 
 
 def test_divergence_names_step_and_samples(run_root):
-    config = run_config(run_root, "nan", sample_every_steps=1)
+    config = run_config(
+        run_root, "nan", sample_every_steps=1, stability=StabilityConfig(max_skipped_in_a_row=0)
+    )
 
     def spoil(state) -> None:
         if state.step == 3:

@@ -5,6 +5,7 @@ stops it after three steps. Second: the copies go on.
 """
 
 import dataclasses
+import math
 import os
 import shutil
 import signal
@@ -12,8 +13,9 @@ import sys
 from pathlib import Path
 
 from multimodal_dlm.training.components import build_job
-from multimodal_dlm.training.config import TrainConfig
+from multimodal_dlm.training.config import EvaluationConfig, TrainConfig
 from multimodal_dlm.training.launching import open_accelerator
+from multimodal_dlm.training.objectives import OBJECTIVES, MaskedDiffusion
 from multimodal_dlm.training.run import train
 from multimodal_dlm.training.trainer import Trainer
 from tests.training.runs import run_config
@@ -24,7 +26,11 @@ OPTIONS = {"noise_conditioning": "ada_norm_single", "tie_word_embeddings": False
 
 def two_config(root: Path, output: str, **changes) -> TrainConfig:
     """The run of the tests, two rows a forward; head and levels have weights of their own."""
-    config = run_config(root, f"two/{output}", **({"num_train_steps": STEPS} | changes))
+    watched = {
+        "evaluation": EvaluationConfig(every_steps=2, num_rows=6),
+        "grad_norms_every_steps": 2,
+    }
+    config = run_config(root, f"two/{output}", **({"num_train_steps": STEPS} | watched | changes))
     return dataclasses.replace(
         config,
         data=dataclasses.replace(config.data, micro_batch_size=2),
@@ -59,9 +65,31 @@ def train_in_shards(root: Path) -> None:
     changes = {"sharding": "zero2", "gradient_checkpointing": True, "mixed_precision": "no"}
     fit(two_config(root, "zero2", **changes))
     fit(two_config(root, "fsdp_bf16", sharding="fsdp", mixed_precision="bf16"))
+    skip_a_step(root)
     if os.environ["RANK"] == "0":
         leave_half(root / "two/fsdp", root / "two/resumed")
     fit(two_config(root, "resumed", sharding="fsdp"))
+
+
+class OneBrokenRank(MaskedDiffusion):
+    """The loss of the last process is nan in step 1."""
+
+    def prepare(self, batches, **options):
+        self.is_broken = options["step"] == 1 and os.environ["RANK"] == "1"
+        return super().prepare(batches, **options)
+
+    def __call__(self, model, inputs, **options):
+        output = super().__call__(model, inputs, **options)
+        factor = math.nan if self.is_broken else 1.0
+        return dataclasses.replace(output, loss=output.loss * factor)
+
+
+def skip_a_step(root: Path) -> None:
+    """All processes skip what one of them could not compute."""
+    OBJECTIVES["masked_diffusion"] = OneBrokenRank
+    for sharding in ("none", "fsdp"):
+        fit(two_config(root, f"skipped_{sharding}", sharding=sharding))
+    OBJECTIVES["masked_diffusion"] = MaskedDiffusion
 
 
 def leave_half(run: Path, copy: Path) -> None:

@@ -73,6 +73,13 @@ class Autoregressive(CanvasObjective):
         terms = nelbo_terms(nll, inputs, model.vocabulary, is_bound=is_bound, tasks=tasks)
         return ObjectiveOutput(loss, terms, int(inputs.is_free.sum()), is_bound)
 
+    def grid(
+        self, contexts: Sequence[dict[str, Any]], num_levels: int
+    ) -> list[list[dict[str, Any]]]:
+        """The contexts as they are: there is no noise."""
+        del num_levels
+        return [list(contexts)]
+
 
 def causal_order(canvas: Canvas) -> Int[Tensor, "batch length"]:
     """Rank of each token by (attention order, column): a strict order within the row."""

@@ -123,6 +123,33 @@ class Objective(ABC):
         del seed, step, gather, num_processes
         return StepPlan([{} for _ in batches], 1.0 / max(1, len(batches)))
 
+    def parts(
+        self, model: Any, contexts: Sequence[dict[str, Any]]
+    ) -> dict[str, list[dict[str, Any]]]:
+        """Contexts in which the loss is one of the parts it is the sum of; none unless overridden.
+
+        Args:
+            model: Gives `vocabulary`.
+            contexts: Of the micro-batches of a step, from `prepare`.
+
+        Returns:
+            Name of a part -> contexts.
+        """
+        del model, contexts
+        return {}
+
+    def grid(
+        self, contexts: Sequence[dict[str, Any]], num_levels: int
+    ) -> list[list[dict[str, Any]]]:
+        """Contexts for evaluation at fixed noise levels; one level unless overridden.
+
+        Args:
+            contexts: Of all micro-batches, from `prepare`.
+            num_levels: Levels, where the objective has them.
+        """
+        del num_levels
+        return [list(contexts)]
+
     def to(self, device: torch.device) -> Self:
         """Move the networks an objective owns, such as a perceptual distance."""
         for part in vars(self).values():

@@ -13,7 +13,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from multimodal_dlm.canvas import Canvas
-from multimodal_dlm.diffusion.timesteps import stratified_uniforms
+from multimodal_dlm.diffusion.timesteps import banded_uniforms, stratified_uniforms
 from multimodal_dlm.errors import ConfigError, unknown_name
 from multimodal_dlm.processing import TASKS
 from multimodal_dlm.training.objectives.base import Batch, Objective, StepPlan, Term
@@ -85,6 +85,43 @@ class CanvasObjective(Objective):
                 }
             )
         return StepPlan(contexts, float(num_processes))
+
+    def parts(
+        self, model: Any, contexts: Sequence[dict[str, Any]]
+    ) -> dict[str, list[dict[str, Any]]]:
+        """Contexts in which only the targets of one modality count, by its name."""
+        found: dict[str, list[dict[str, Any]]] = {}
+        for index, name in enumerate(model.vocabulary.modalities):
+            if any(context["denominators"].get(index) for context in contexts):
+                found[name] = [
+                    {**context, "row_share": 0.0, "denominators": _only(context, index)}
+                    for context in contexts
+                ]
+        return found
+
+    def grid(
+        self, contexts: Sequence[dict[str, Any]], num_levels: int
+    ) -> list[list[dict[str, Any]]]:
+        """The contexts once for each of `num_levels` equal bands of noise, without holes.
+
+        Every row gets one mask count in each band; where in the band is what `prepare` drew,
+        stratified over the rows of a task, so the mean over bands is unbiased.
+        """
+        bands = [(level / num_levels, (level + 1) / num_levels) for level in range(num_levels)]
+        return [
+            [
+                {
+                    **context,
+                    "draws": (),
+                    "uniforms": {
+                        window: banded_uniforms(uniforms, *band)
+                        for window, uniforms in context["uniforms"].items()
+                    },
+                }
+                for context in contexts
+            ]
+            for band in bands
+        ]
 
     def weighted_loss(
         self,
@@ -197,6 +234,11 @@ def noise_terms(
 
 def _mean(values: Tensor, chosen: Tensor) -> Term:
     return Term((values * chosen).sum(), chosen.sum())
+
+
+def _only(context: Mapping[str, Any], index: int) -> dict[int, int]:
+    """The denominators of a context without those of other modalities."""
+    return {index: context["denominators"][index]}
 
 
 def _describe(batch: Batch) -> dict[str, Any]:

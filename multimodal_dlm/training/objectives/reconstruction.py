@@ -112,7 +112,7 @@ class Reconstruction(Objective):
             rows = slice(0, self.perceptual_rows)
             values["perceptual"] = self.perceptual(reconstruction[rows], pixels[rows])
             loss = loss + self.perceptual_weight * values["perceptual"]
-        if self.critic is not None:
+        if self.critic is not None and torch.is_grad_enabled():
             values["critic"] = self._train_critic(self.critic, pixels, reconstruction.detach())
             self.critic.requires_grad_(False)
             values["adversarial"] = -self.critic(reconstruction).mean()
@@ -126,6 +126,7 @@ class Reconstruction(Objective):
         """One hinge step of the critic: real patches above 1, reconstructed ones below -1."""
         loss = (F.relu(1 - critic(real)) + F.relu(1 + critic(fake))).mean()
         loss.backward()
-        self.critic_optimizer.step()
+        if bool(loss.isfinite()):  # A broken step is skipped for the tokenizer as well.
+            self.critic_optimizer.step()
         self.critic_optimizer.zero_grad(set_to_none=True)
         return loss.detach()
