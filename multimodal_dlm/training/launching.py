@@ -9,6 +9,7 @@ import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
+import torch
 from accelerate import Accelerator
 
 from multimodal_dlm.errors import ConfigError
@@ -34,10 +35,11 @@ def open_accelerator(config: TrainConfig, environment: Environment = os.environ)
         guard(config, environment)
     accelerator = Accelerator(
         mixed_precision="no",
+        cpu=not torch.accelerator.is_available(),
         log_with="tensorboard",
         project_dir=str(Path(config.output_dir)),
     )
-    check_accelerator(accelerator)
+    check_accelerator(accelerator, environment)
     return accelerator
 
 
@@ -180,15 +182,21 @@ GUARDS: tuple[Guard, ...] = (
 # After it is made, by `train` or by a caller of the trainer.
 
 
-def check_accelerator(accelerator: Accelerator) -> None:
+def check_accelerator(accelerator: Accelerator, environment: Environment = os.environ) -> None:
     """Refuse an accelerator that would change batches, precision, accumulation or the schedule.
+
+    Where it sees no device, each of several processes believes that it is alone, trains on all the
+    data and writes into the same folder.
 
     Raises:
         ConfigError: With the setting, its value and what to use instead.
     """
     loaders = "The trainer reads its own slice of every global batch"
     mine = "Leave it out"
+    world = int(environment.get("WORLD_SIZE", "1"))
+    alone = "Make it after the launcher, with `cpu=True` where there is no other device"
     rules = (
+        ("num_processes", accelerator.num_processes, world, alone),
         ("mixed_precision", accelerator.mixed_precision, "no", "Set it in the run's config"),
         ("gradient_accumulation_steps", accelerator.gradient_accumulation_steps, 1, mine),
         ("split_batches", accelerator.split_batches, False, loaders),

@@ -14,6 +14,7 @@ from multimodal_dlm.training.run import train
 from tests.training.two_processes import STEPS, leave_half, two_config
 
 ROOT = Path(__file__).parents[2]
+LAUNCH_FILE = ROOT / "configs/accelerate/cpu_2_processes.yaml"
 SHARED = ("fsdp", "zero2", "copies")
 
 
@@ -29,18 +30,19 @@ def losses(root: Path, run: str) -> list[float]:
 @pytest.fixture(scope="module")
 def two_root(run_root) -> Path:
     """The folder after two processes and then one have trained the same run."""
-    command = [
-        sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2",
-        "-m", "tests.training.two_processes", str(run_root),
-    ]  # fmt: skip
+    launchers = {
+        "first": ["accelerate.commands.launch", "--config_file", str(LAUNCH_FILE)],
+        "second": ["torch.distributed.run", "--standalone", "--nproc_per_node", "2"],
+    }
     environment = os.environ | {
         "OMP_NUM_THREADS": "1",
         "ACCELERATE_USE_CPU": "true",
         "GLOO_SOCKET_IFNAME": "lo",  # Both processes are here; other interfaces may not connect.
     }
-    for part in ("first", "second"):
+    for part, launcher in launchers.items():
+        command = [sys.executable, "-m", *launcher, "-m", "tests.training.two_processes"]
         done = subprocess.run(
-            [*command, part],
+            [*command, str(run_root), part],
             cwd=ROOT,
             env=environment,
             capture_output=True,

@@ -1,6 +1,7 @@
 """What accelerate may not decide is refused, by name, before or after an `Accelerator` is made."""
 
 import os
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from multimodal_dlm.errors import ConfigError
+from multimodal_dlm.training import launching, sharding
 from multimodal_dlm.training.config import TrainConfig
 from multimodal_dlm.training.launching import (
     GUARDS,
@@ -139,7 +141,7 @@ def test_sharding_is_said_once():
         ),
     ],
 )
-def test_an_accelerator_that_changes_the_run_is_refused(options, message, monkeypatch):
+def test_an_accelerator_that_changes_the_run_is_refused(options, message):
     from accelerate.state import AcceleratorState, GradientState
 
     AcceleratorState._reset_state()
@@ -163,6 +165,14 @@ def test_a_prepared_loader_or_schedule_is_refused():
     accelerator.prepare(torch.optim.lr_scheduler.ConstantLR(optimizer))
     with pytest.raises(ConfigError, match="`prepared LR schedules` .* got `1`. Set `lr_schedule`"):
         check_accelerator(accelerator)
+
+
+def test_processes_that_believe_they_are_alone_are_refused():
+    accelerator = Accelerator(mixed_precision="no", cpu=True)
+    with pytest.raises(
+        ConfigError, match="`num_processes` of the accelerator must be `2`; got `1`"
+    ):
+        check_accelerator(accelerator, {"WORLD_SIZE": "2"})
 
 
 def test_rows_seen_twice_or_never_are_refused():
@@ -199,3 +209,11 @@ def test_processes_that_start_apart_are_refused(monkeypatch):
 
 def test_the_tests_run_without_a_launcher():
     assert "ACCELERATE_USE_FSDP" not in os.environ
+
+
+def test_the_page_names_every_guard():
+    page = (Path(__file__).parents[2] / "docs/distributed.md").read_text()
+    checks = {name for module in (launching, sharding) for name in vars(module)}
+    names = {name for name in checks if name.startswith("check_")} | {"resolve_sharding"}
+    assert len(names) > 11
+    assert all(f"`{name}`" in page for name in names)
