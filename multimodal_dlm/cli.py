@@ -53,13 +53,17 @@ COMMANDS = {
     "data build": Command("data", "build the shards and the manifest of a dataset"),
     "data inspect": Command("data", "show counts, licences and examples of a manifest"),
     "data validate": Command("data", "check every byte of the shards of a manifest"),
+    "data tokenize": Command("data", "write pictures and texts as token ids, ready to train on"),
     "evaluate": Command("evaluate", "measure a pipeline on held-out data and write a report"),
     "study step-plan": Command("study", "measure what a window is worth drawing in how many steps"),
     "study noise-spectrum": Command("study", "measure what is decided at which noise level"),
     "demo": Command("demo", "show every task on the released pipeline"),
     "card": Command("card", "write the model card of a saved pipeline"),
 }
-GROUPS = {"data": "build, inspect or validate datasets", "study": "measure how a model denoises"}
+GROUPS = {
+    "data": "build, inspect, validate or tokenize datasets",
+    "study": "measure how a model denoises",
+}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

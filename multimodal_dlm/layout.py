@@ -20,7 +20,27 @@ from multimodal_dlm.vocabulary import UnifiedVocabulary
 
 LAYOUT_NAME = "unified_v1"
 CONDITION_ATTENTIONS = ("prefix", "full")
+Text = str | list[int]  # A text, or its codes.
 _ENTRIES = ("name", "max_window", "unconditional_window", "condition_attention")
+
+
+@dataclass(frozen=True)
+class TrainingRow:
+    """One training example before it is laid out.
+
+    Args:
+        task: One of `processing.TASKS`: what is free and what is the condition.
+        codes: Image codes, one integer array (h, w) per level; None when the row has no image.
+        instruction: Question or command, or its text codes; None or empty for none.
+        text: Caption or answer, or its text codes.
+        window_draw: A uniform number in [0, 1) that sets the length of a free text window.
+    """
+
+    task: str
+    codes: tuple[Any, ...] | None = None
+    instruction: Text | None = None
+    text: Text | None = None
+    window_draw: float = 0.0
 
 
 @dataclass

@@ -11,7 +11,6 @@ absent has no tokens; a modality that is masked has mask tokens.
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any, Protocol
 
 import numpy as np
@@ -21,7 +20,8 @@ from torch import Tensor
 
 from multimodal_dlm.canvas import Canvas
 from multimodal_dlm.errors import CanvasError, ConfigError, unknown_name
-from multimodal_dlm.layout import LayoutRow, Window, assemble, check_layout
+from multimodal_dlm.layout import LayoutRow, Text, TrainingRow, Window, assemble, check_layout
+from multimodal_dlm.tokenizers.text import encode_text
 from multimodal_dlm.vocabulary import UnifiedVocabulary
 
 MASK_MARKER = "[MASK]"
@@ -59,25 +59,6 @@ class TextTokenizer(Protocol):
     def decode(self, token_ids: list[int], **kwargs: Any) -> Any:
         """Codes -> text."""
         ...
-
-
-@dataclass(frozen=True)
-class TrainingRow:
-    """One training example before it is laid out.
-
-    Args:
-        task: One of `TASKS`: what is free and what is the condition.
-        codes: Image codes, one integer array (h, w) per level; None when the row has no image.
-        instruction: Question or command; None or empty for none.
-        text: Caption or answer.
-        window_draw: A uniform number in [0, 1) that sets the length of a free text window.
-    """
-
-    task: str
-    codes: tuple[Any, ...] | None = None
-    instruction: str | None = None
-    text: str | None = None
-    window_draw: float = 0.0
 
 
 class UnifiedProcessor:
@@ -365,25 +346,27 @@ class UnifiedProcessor:
 
     def encode_text(self, text: str) -> list[int]:
         """Text codes of a user's text; special tokens typed in it are plain characters."""
-        return self.tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True)
+        return encode_text(self.tokenizer, text)
 
-    def _encode(self, text: str) -> np.ndarray:
-        return np.asarray(self.encode_text(text), dtype=np.int64) + self._text_start
+    def _encode(self, text: Text) -> np.ndarray:
+        codes = self.encode_text(text) if isinstance(text, str) else text
+        return np.asarray(codes, dtype=np.int64) + self._text_start
 
-    def _checked(self, ids: np.ndarray, text: str) -> np.ndarray:
+    def _checked(self, ids: np.ndarray, text: Text) -> np.ndarray:
         limit = self.layout["max_window"]["text"]
         if len(ids) > limit:
+            text = text if isinstance(text, str) else str(self.tokenizer.decode(text)).strip()
             raise ConfigError(
                 f"A text window holds at most {limit} tokens (`<eos>` included); got {len(ids)} for"
                 f" `{text[:40]}`. Shorten it."
             )
         return ids
 
-    def _condition(self, text: str) -> np.ndarray:
+    def _condition(self, text: Text) -> np.ndarray:
         """Content and `<eos>`, without fill."""
         return self._checked(np.append(self._encode(text), self._eos), text)
 
-    def _window(self, text: str, draw: float) -> np.ndarray:
+    def _window(self, text: Text, draw: float) -> np.ndarray:
         """Content, `<eos>` and a random run of `<fill>`.
 
         Its length is log-uniform on those that hold the text: nothing of the text but that it must
@@ -403,9 +386,9 @@ class UnifiedProcessor:
             )
         return np.full(gen_length, self.vocabulary.mask_token_id("text"), dtype=np.int64)
 
-    def _image_row(self, text: str | np.ndarray, order: tuple[int, int] = (0, 1)) -> LayoutRow:
+    def _image_row(self, text: Text | np.ndarray, order: tuple[int, int] = (0, 1)) -> LayoutRow:
         """A row whose image is masked and free; `order` is (caption, image)."""
-        ids = self._condition(text) if isinstance(text, str) else text
+        ids = text if isinstance(text, np.ndarray) else self._condition(text)
         order = order if self.layout["condition_attention"] == "prefix" else (0, 0)
         mask = self.vocabulary.mask_token_id("image")
         row = LayoutRow(True)
@@ -418,7 +401,7 @@ class UnifiedProcessor:
     def _text_row(
         self,
         picture: Sequence[np.ndarray] | None,
-        instruction: str | None,
+        instruction: Text | None,
         answer: np.ndarray,
     ) -> LayoutRow:
         """A row whose answer is free, given a picture, an instruction, both or neither."""

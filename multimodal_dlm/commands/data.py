@@ -1,6 +1,6 @@
-"""Commands about data: build, inspect, validate."""
+"""Commands about data: build, inspect, validate, tokenize."""
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from multimodal_dlm.commands.reporting import USER_ERROR, Report
 from multimodal_dlm.errors import DataError
@@ -16,8 +16,8 @@ def add_options(parser: "ArgumentParser", name: str) -> None:
         parser.add_function_arguments(run_build, skip={"recipe"}, as_group=False)
     else:
         parser.add_argument("manifest", type=str, help="YAML file")
-        function = run_inspect if name == "inspect" else run_validate
-        parser.add_function_arguments(function, skip={"manifest"}, as_group=False)
+        functions = {"inspect": run_inspect, "validate": run_validate, "tokenize": run_tokenize}
+        parser.add_function_arguments(functions[name], skip={"manifest"}, as_group=False)
 
 
 def run_build(
@@ -104,12 +104,83 @@ def run_validate(manifest: str, *, data_root: str | None = None, show: int = 20)
     return Report(found.to_dict(), "\n".join(lines), 0 if found.is_valid else USER_ERROR)
 
 
+def run_tokenize(
+    manifest: str,
+    *,
+    output: str = "data/tokenized",
+    data_root: str | None = None,
+    text_tokenizer: str = "tokenizers/text",
+    image_tokenizer: str = "tokenizers/image",
+    splits: list[str] | None = None,
+    engine: Literal["local", "ray"] = "local",
+    workers: int | None = None,
+    device: str = "cpu",
+    group_rows: int = 4096,
+) -> Report:
+    """Write pictures and texts as token ids, once; run it again to go on where it was cut off.
+
+    Args:
+        manifest: YAML file of raw shards.
+        output: folder of the new shards and manifests
+        data_root: folder that holds the datasets' folders; null for the manifest's own folder
+        text_tokenizer: folder of the text tokenizer
+        image_tokenizer: folder of the image tokenizer
+        splits: splits to tokenize, such as '[train, val]'; null for all
+        engine: `local`, or `ray`: the cluster that RAY_ADDRESS names, else one on this machine
+        workers: shards tokenized at once; null for one a core, or one on a GPU
+        device: where pictures are encoded
+        group_rows: rows of one row group at most, 256 to 4096
+    """
+    import torch
+    from tqdm.auto import tqdm
+
+    from multimodal_dlm.datasets.manifest import open_manifest
+    from multimodal_dlm.datasets.tokenize_engines import tokenize_manifest
+    from multimodal_dlm.datasets.tokenizing import TokenizerFolders
+
+    if workers is None:
+        workers = torch.get_num_threads() if device == "cpu" else 1
+    with tqdm(unit=" samples") as bar:
+
+        def advance(source: str, count: int, total: int) -> None:
+            bar.total = total
+            bar.set_description(f"tokenize {source}", refresh=False)
+            bar.update(count)
+
+        path = tokenize_manifest(
+            manifest,
+            output,
+            TokenizerFolders(text_tokenizer, image_tokenizer, device),
+            data_root=data_root,
+            splits=splits,
+            engine=engine,
+            workers=workers,
+            group_rows=group_rows,
+            progress=advance,
+        )
+        seconds = round(bar.format_dict["elapsed"], 1)
+    made = open_manifest(path)
+    sources = {
+        name: {split: source.count(split) for split in source.splits}
+        for name, source in made.sources.items()
+    }
+    total = sum(count for counts in sources.values() for count in counts.values())
+    lines = [f"{made.name}: {total:,} samples in {seconds} s"]
+    for name, counts in sources.items():
+        listed = ", ".join(f"{split} {count:,}" for split, count in counts.items())
+        lines.append(f"  {name:<16}{listed}")
+    lines.append(f"manifest: {path}")
+    values = {"manifest": str(path), "fingerprint": made.fingerprint, "sources": sources}
+    return Report({**values, "seconds": seconds}, "\n".join(lines))
+
+
 def _describe_source(name: str, source: dict[str, Any]) -> list[str]:
-    lines = [f"\n{name}  weight {source['weight']:.3f}  {source['license']}"]
+    kind = "pre-tokenized" if source["is_tokenized"] else f"{source['num_bytes'] / 2**20:.1f} MiB"
+    lines = [f"\n{name}  weight {source['weight']}  {source['license']}  {kind}"]
     counts = ", ".join(f"{split} {count:,}" for split, count in source["samples"].items())
     lines.append(f"  samples: {counts}")
     if source["tasks"]:
-        shares = ", ".join(f"{task} {share:.2f}" for task, share in source["tasks"].items())
+        shares = ", ".join(f"{task} {share}" for task, share in source["tasks"].items())
         lines.append(f"  tasks: {shares}")
     example = source.get("example")
     if example:

@@ -11,8 +11,8 @@ from tqdm.auto import tqdm
 
 from multimodal_dlm.datasets.fetching import SourceFolder
 from multimodal_dlm.datasets.manifest import open_manifest, write_dataset_manifest
-from multimodal_dlm.datasets.reading import ShardReader
 from multimodal_dlm.datasets.recipes import Recipe, get_recipe
+from multimodal_dlm.datasets.row_reading import open_reader
 from multimodal_dlm.datasets.schema import Sample
 from multimodal_dlm.datasets.writing import write_shards
 from multimodal_dlm.errors import DataError
@@ -137,7 +137,7 @@ def inspect(manifest: str | Path, data_root: str | Path | None = None) -> dict[s
     opened = open_manifest(manifest, data_root)
     sources: dict[str, Any] = {}
     for name, source in opened.sources.items():
-        readers = {s: ShardReader(shards, source=name) for s, shards in source.splits.items()}
+        readers = {split: open_reader(source, split) for split in source.splits}
         first = next((reader for reader in readers.values() if len(reader)), None)
         most = min(len(first), INSPECTED_RECORDS) if first is not None else 0
         seen = [first.record(index) for index in range(most)] if first is not None else []
@@ -148,6 +148,7 @@ def inspect(manifest: str | Path, data_root: str | Path | None = None) -> dict[s
             "samples": {split: len(reader) for split, reader in readers.items()},
             "num_shards": sum(len(shards) for shards in source.splits.values()),
             "num_bytes": sum(f.num_bytes for shards in source.splits.values() for f in shards),
+            "is_tokenized": source.codebooks is not None,
             "license": source.license,
             "packages": [f"{p['name']}@{p['version']}" for p in source.details["packages"]],
             "question_types": dict(types.most_common()),

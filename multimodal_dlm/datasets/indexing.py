@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from multimodal_dlm.datasets.row_groups import IDS
 from multimodal_dlm.datasets.schema import IMAGE_EXTENSIONS, KEY_RULE
 from multimodal_dlm.errors import DataError
 
@@ -18,7 +19,8 @@ logger = logging.getLogger(__name__)
 
 MAX_MEMBERS = 4_000_000
 MAX_MEMBER_BYTES = 256 * 2**20
-EXTENSIONS = (*IMAGE_EXTENSIONS, "json", "txt")
+RAW, TOKENIZED = frozenset({"json", "txt"}), frozenset({"json", IDS})
+EXTENSIONS = (*IMAGE_EXTENSIONS, "json", "txt", IDS)
 _FORMAT = "multimodal_dlm.shard_index/1"
 
 
@@ -40,8 +42,12 @@ class IndexEntry:
         return next((e for e in IMAGE_EXTENSIONS if e in self.members), None)
 
 
-def build_index(shard: Path) -> tuple[IndexEntry, ...]:
+def build_index(shard: Path, needs: frozenset[str] = RAW) -> tuple[IndexEntry, ...]:
     """Scan a tar file.
+
+    Args:
+        shard: The file.
+        needs: Extensions that every entry must have: `RAW` samples or `TOKENIZED` row groups.
 
     Raises:
         DataError: When the file is no plain tar of samples.
@@ -63,7 +69,7 @@ def build_index(shard: Path) -> tuple[IndexEntry, ...]:
             f" {type(error).__name__}: {error}. Build or fetch it again."
         ) from error
     index = tuple(IndexEntry(key, members) for key, members in samples.items())
-    _check_index(shard, index)
+    _check_index(shard, index, needs)
     return index
 
 
@@ -95,11 +101,17 @@ def _check_member(shard: Path, member: tarfile.TarInfo, number: int) -> tuple[st
     return key, extension
 
 
-def _check_index(shard: Path, index: tuple[IndexEntry, ...]) -> None:
-    """Every sample has a record and its text, and lies inside the file."""
+def _check_index(shard: Path, index: tuple[IndexEntry, ...], needs: frozenset[str] = RAW) -> None:
+    """Every sample has a record and its text, or a row group its ids, and lies inside the file."""
     num_bytes = shard.stat().st_size
     for entry in index:
-        if not {"json", "txt"} <= set(entry.members):
+        if (needs == RAW) == (IDS in entry.members):
+            raise DataError(
+                f"Shard {shard} must hold {'samples' if needs == RAW else 'row groups'}; got"
+                f" {'a pre-tokenized one, without pictures' if needs == RAW else 'a raw one'}."
+                " Give the manifest that was written with the shards of the other kind."
+            )
+        if not needs <= set(entry.members):
             raise DataError(
                 f"Shard {shard}, key {entry.key}: a sample needs `.json` and `.txt`; got"
                 f" {', '.join(entry.members)}. Rebuild the shard."

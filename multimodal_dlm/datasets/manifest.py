@@ -3,17 +3,22 @@
 A *dataset manifest* lists the shards of one recipe by split, where they came from, and the weight
 and task shares meant for it. A *mixture manifest* names dataset manifests and may change weights
 and shares. Both are YAML, and both open as a `Manifest`.
+
+A dataset manifest with `tokenized` lists pre-tokenized shards instead of raw ones, the same numbers
+of samples in the same order. Each names the raw shard it was made from, and that one counts as its
+identity: a run draws the same examples from either, and may be continued with the other.
 """
 
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import yaml
 
+from multimodal_dlm.datasets.row_groups import TEXT_KINDS, Codebooks
 from multimodal_dlm.datasets.writing import ShardInfo
 from multimodal_dlm.errors import DataError, unknown_name
 
@@ -30,16 +35,31 @@ DATASET_ENTRIES = (
     "caption_weights",
     "splits",
 )
+MEMBER_CHANGES = ("balance_answers", "question_weights")  # Entries only a mixture's member has.
 _MIXTURE_ENTRIES = ("name", "mixture")
 _MEMBER_ENTRIES = (
     "manifest",
     "weight",
     "tasks",
     "caption_weights",
-    "balance_answers",
-    "question_weights",
+    *MEMBER_CHANGES,
 )
+_OPTIONAL_ENTRIES = ("tokenized",)
 _SHARD_ENTRIES = ("name", "count", "num_bytes", "sha256")
+_ORIGIN_ENTRIES = ("num_bytes", "sha256")
+
+
+@dataclass(frozen=True)
+class ShardOrigin:
+    """The raw shard that a pre-tokenized one was made from.
+
+    Args:
+        num_bytes: Size of the file.
+        sha256: Hex digest of the file.
+    """
+
+    num_bytes: int
+    sha256: str
 
 
 @dataclass(frozen=True)
@@ -51,12 +71,17 @@ class ShardFile:
         count: Number of samples.
         num_bytes: Size of the file.
         sha256: Hex digest of the file.
+        origin: Raw shard it was made from; None for a raw shard.
+        longest: Codes of the longest text of a pre-tokenized shard, of `captions` and `questions`
+            (answers included).
     """
 
     path: Path
     count: int
     num_bytes: int
     sha256: str
+    origin: ShardOrigin | None = None
+    longest: Mapping[str, int] = field(default_factory=dict, hash=False)
 
 
 @dataclass(frozen=True)
@@ -94,6 +119,11 @@ class Source:
         """Weight of each question type, 1 where none is given."""
         return dict(self.details.get("question_weights", {}))
 
+    @property
+    def codebooks(self) -> Codebooks | None:
+        """What the codes of a pre-tokenized source mean; None for raw shards."""
+        return self.details.get("tokenized")
+
     def count(self, split: str) -> int:
         """Number of samples of a split, 0 when there is none of that name."""
         return sum(shard.count for shard in self.splits.get(split, ()))
@@ -117,25 +147,20 @@ class Manifest:
         return tuple(dict.fromkeys(s for source in self.sources.values() for s in source.splits))
 
     def to_dict(self) -> dict[str, Any]:
-        """Everything but where the files lie, as JSON values: the record of a run."""
+        """Everything but where the files lie, as JSON values: the record of a run.
+
+        Pre-tokenized shards count as the raw ones they were made from.
+        """
         return {
             "name": self.name,
             "sources": {
                 name: {
-                    **source.details,
+                    **{k: v for k, v in source.details.items() if k not in _OPTIONAL_ENTRIES},
                     "weight": source.weight,
                     "tasks": dict(source.tasks),
                     "caption_weights": {t: list(w) for t, w in source.caption_weights.items()},
                     "splits": {
-                        split: [
-                            {
-                                "name": shard.path.name,
-                                "count": shard.count,
-                                "num_bytes": shard.num_bytes,
-                                "sha256": shard.sha256,
-                            }
-                            for shard in shards
-                        ]
+                        split: [_identity(shard) for shard in shards]
                         for split, shards in source.splits.items()
                     },
                 }
@@ -183,7 +208,10 @@ def open_manifest(path: str | Path, data_root: str | Path | None = None) -> Mani
 
 
 def write_dataset_manifest(
-    path: Path, content: Mapping[str, Any], splits: Mapping[str, Sequence[ShardInfo]], comment: str
+    path: Path,
+    content: Mapping[str, Any],
+    splits: Mapping[str, Sequence[ShardInfo | ShardFile]],
+    comment: str,
 ) -> dict[str, Any]:
     """Write a dataset manifest and return its content with `manifest`, its path.
 
@@ -193,23 +221,34 @@ def write_dataset_manifest(
         splits: Shards by split.
         comment: First line, how it was made.
     """
-    rows = {
-        split: [
-            {"name": s.name, "count": s.count, "num_bytes": s.num_bytes, "sha256": s.sha256}
-            for s in shards
-        ]
-        for split, shards in splits.items()
-    }
+    rows = {split: [_shard_row(shard) for shard in shards] for split, shards in splits.items()}
     whole = {**content, "splits": rows}
     text = yaml.safe_dump(whole, sort_keys=False, width=1000, default_flow_style=None)
     path.write_text(f"# {comment}\n{text}")
     return {**whole, "manifest": str(path)}
 
 
+def _identity(shard: ShardFile) -> dict[str, Any]:
+    raw = shard.origin or ShardOrigin(shard.num_bytes, shard.sha256)
+    return {"name": shard.path.name, "count": shard.count, **asdict(raw)}
+
+
+def _shard_row(shard: ShardInfo | ShardFile) -> dict[str, Any]:
+    row = {name: getattr(shard, name) for name in ("count", "num_bytes", "sha256")}
+    if isinstance(shard, ShardInfo):
+        return {"name": shard.name, **row}
+    if shard.origin is not None:
+        row |= {"longest": dict(shard.longest), "origin": asdict(shard.origin)}
+    return {"name": shard.path.name, **row}
+
+
 def _open_dataset(path: Path, root: Path | None, changes: Mapping[str, Any]) -> Source:
     content = _read_yaml(path)
-    _check_entries(content, DATASET_ENTRIES, str(path))
+    known_entries = (*DATASET_ENTRIES, *_OPTIONAL_ENTRIES)
+    _check_entries(content, known_entries, str(path), required=DATASET_ENTRIES)
     content.update(changes)
+    if "tokenized" in content:
+        content["tokenized"] = Codebooks.from_dict(content["tokenized"], str(path))
     if not isinstance(content.get("balance_answers", False), bool):
         raise DataError(
             f"{path}: `balance_answers` must be true or false; got {content['balance_answers']!r}."
@@ -225,8 +264,9 @@ def _open_dataset(path: Path, root: Path | None, changes: Mapping[str, Any]) -> 
             " another root as `data_root`."
         )
     folder = (root if root is not None else path.parent) / content["folder"]
+    is_raw = "tokenized" not in content
     splits = {
-        split: tuple(_open_shard(path, folder, row) for row in rows)
+        split: tuple(_open_shard(path, folder, row, is_raw=is_raw) for row in rows)
         for split, rows in content["splits"].items()
     }
     known = {"name", "weight", "tasks", "caption_weights", "splits", "folder"}
@@ -243,15 +283,23 @@ def _open_dataset(path: Path, root: Path | None, changes: Mapping[str, Any]) -> 
     )
 
 
-def _open_shard(path: Path, folder: Path, row: Mapping[str, Any]) -> ShardFile:
-    _check_entries(row, _SHARD_ENTRIES, f"{path}: a shard")
+def _open_shard(path: Path, folder: Path, row: Mapping[str, Any], *, is_raw: bool) -> ShardFile:
+    entries = _SHARD_ENTRIES if is_raw else (*_SHARD_ENTRIES, "longest", "origin")
+    _check_entries(row, entries, f"{path}: a shard")
     name = row["name"]
     if not isinstance(name, str) or Path(name).name != name or ":" in name or name[:1] == ".":
         raise DataError(
             f"{path}: a shard must be a plain file name inside `folder`, never a path, an address"
             f" or a command (`pipe:`); got {name!r}."
         )
-    return ShardFile(folder / name, int(row["count"]), int(row["num_bytes"]), str(row["sha256"]))
+    origin, longest = None, {}
+    if not is_raw:
+        _check_entries(row["origin"], _ORIGIN_ENTRIES, f"{path}: `origin` of {name}")
+        _check_entries(row["longest"], TEXT_KINDS, f"{path}: `longest` of {name}")
+        origin = ShardOrigin(int(row["origin"]["num_bytes"]), str(row["origin"]["sha256"]))
+        longest = {kind: int(row["longest"][kind]) for kind in TEXT_KINDS}
+    num_bytes, sha256 = int(row["num_bytes"]), str(row["sha256"])
+    return ShardFile(folder / name, int(row["count"]), num_bytes, sha256, origin, longest)
 
 
 def _check_share(path: Path, name: str, value: object, at_least: int = 0) -> int:

@@ -16,7 +16,8 @@ from torch.utils.data import IterableDataset, get_worker_info
 from multimodal_dlm.datasets.asking import QuestionWeights
 from multimodal_dlm.datasets.manifest import Manifest
 from multimodal_dlm.datasets.ordering import QuotaOrder, SourceOrder
-from multimodal_dlm.datasets.reading import ShardReader, missing_split
+from multimodal_dlm.datasets.reading import missing_split
+from multimodal_dlm.datasets.row_reading import open_reader
 from multimodal_dlm.datasets.sampling import KeyedDraws, pick
 from multimodal_dlm.datasets.schema import Record
 from multimodal_dlm.errors import ConfigError, DataError
@@ -110,10 +111,7 @@ class MixtureReader(IterableDataset[list[TrainingExample]]):
         self.batch_size, self.rank, self.world_size = batch_size, rank, world_size
         self.fingerprint = manifest.fingerprint
         self.next_batch = 0
-        self.readers = {
-            name: ShardReader(source.splits[split], source=name)
-            for name, source in self.sources.items()
-        }
+        self.readers = {name: open_reader(source, split) for name, source in self.sources.items()}
         self._asking = {
             name: QuestionWeights(
                 (reader.record(index) for index in range(len(reader))),

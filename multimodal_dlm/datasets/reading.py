@@ -73,7 +73,7 @@ class ShardReader:
             DataError: When the shard is missing or has other bytes.
         """
         shard = self.shards[number]
-        with _existing(shard).path.open("rb") as file:
+        with existing(shard).path.open("rb") as file:
             digest = hashlib.file_digest(file, "sha256").hexdigest()
         if digest != shard.sha256:
             raise DataError(
@@ -114,20 +114,25 @@ class ShardReader:
             _ = sample.image  # Decodes it, or raises.
         return sample
 
-    def _locate(self, index: int) -> tuple[int, IndexEntry, str]:
+    def locate(self, index: int) -> tuple[int, int]:
+        """Number of the shard that holds sample `index`, and the sample's place in it."""
         if not 0 <= index < len(self):
             raise IndexError(f"Sample numbers run from 0 to {len(self) - 1}; got {index}.")
         number = bisect_right(self._ends, index)
+        return number, index - (self._ends[number] - self.shards[number].count)
+
+    def _locate(self, index: int) -> tuple[int, IndexEntry, str]:
+        number, place = self.locate(index)
         shard = self.shards[number]
         if number not in self._indexes:
-            entries = read_index(_existing(shard).path)
+            entries = read_index(existing(shard).path)
             if len(entries) != shard.count:
                 raise DataError(
                     f"Shard {shard.path} must hold {shard.count} samples; got {len(entries)}."
                     " Build or fetch it again."
                 )
             self._indexes[number] = entries
-        entry = self._indexes[number][index - (self._ends[number] - shard.count)]
+        entry = self._indexes[number][place]
         return number, entry, f"Shard {shard.path.name}, key {entry.key}"
 
     def _read_record(self, shard: int, entry: IndexEntry, where: str) -> Record:
@@ -180,7 +185,7 @@ def missing_split(split: str, sources: Sequence[Source]) -> DataError:
     return DataError(f"No source has samples in split `{split}`. Available: {listed}.")
 
 
-def _existing(shard: ShardFile) -> ShardFile:
+def existing(shard: ShardFile) -> ShardFile:
     """Refuse a shard that is missing or of another size than the manifest says."""
     if not shard.path.is_file():
         raise DataError(

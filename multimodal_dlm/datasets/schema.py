@@ -59,9 +59,9 @@ class Record:
     qa: tuple[QuestionAnswer, ...] = ()
     meta: Mapping[str, Any] = field(default_factory=dict)
 
-    def to_json(self) -> bytes:
-        """The record as canonical JSON bytes."""
-        content = {
+    def to_dict(self) -> dict[str, Any]:
+        """The record as JSON values."""
+        return {
             "key": self.key,
             "source": self.source,
             "split": self.split,
@@ -70,7 +70,10 @@ class Record:
             "qa": [{"question": q.question, "answer": q.answer, "type": q.type} for q in self.qa],
             "meta": dict(self.meta),
         }
-        return json.dumps(content, ensure_ascii=False, sort_keys=True).encode()
+
+    def to_json(self) -> bytes:
+        """The record as canonical JSON bytes."""
+        return json.dumps(self.to_dict(), ensure_ascii=False, sort_keys=True).encode()
 
     @classmethod
     def from_json(cls, data: bytes, where: str) -> "Record":
@@ -85,6 +88,22 @@ class Record:
         """
         try:
             content = json.loads(data)
+        except (ValueError, RecursionError) as error:
+            raise _no_record(where, error) from error
+        return cls.from_dict(content, where)
+
+    @classmethod
+    def from_dict(cls, content: Any, where: str) -> "Record":
+        """Validate the JSON values of a record.
+
+        Args:
+            content: As written by `to_dict`.
+            where: Shard and key, for the error message.
+
+        Raises:
+            DataError: When they are no valid record.
+        """
+        try:
             record = cls(
                 key=content["key"],
                 source=content["source"],
@@ -97,11 +116,8 @@ class Record:
                 ),
                 meta=content.get("meta", {}),
             )
-        except (ValueError, KeyError, TypeError, RecursionError) as error:
-            raise DataError(
-                f"The record of {where} must be JSON with key, source, split, license and captions;"
-                f" got {type(error).__name__}: {error}. Rebuild the shard."
-            ) from error
+        except (KeyError, TypeError) as error:
+            raise _no_record(where, error) from error
         record.validate(where)
         return record
 
@@ -134,6 +150,13 @@ class Record:
                 fail(f"texts must have 1 to {MAX_TEXT_CHARACTERS} characters", text)
         if not isinstance(self.meta, Mapping):
             fail("`meta` must be a mapping", self.meta)
+
+
+def _no_record(where: str, error: Exception) -> DataError:
+    return DataError(
+        f"The record of {where} must be JSON with key, source, split, license and captions; got"
+        f" {type(error).__name__}: {error}. Rebuild the shard."
+    )
 
 
 @dataclass(frozen=True)

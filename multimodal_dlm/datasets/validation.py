@@ -8,6 +8,7 @@ from typing import Any
 
 from multimodal_dlm.datasets.manifest import Manifest, Source
 from multimodal_dlm.datasets.reading import ShardReader
+from multimodal_dlm.datasets.row_reading import open_reader
 from multimodal_dlm.errors import DataError
 
 ERRORS = ("shard", "digest", "sample", "duplicate_key")
@@ -85,8 +86,8 @@ def validate_manifest(
     done = 0
     for name, source in manifest.sources.items():
         places: dict[bytes, list[tuple[str, str]]] = defaultdict(list)
-        for split, shards in source.splits.items():
-            reader = ShardReader(shards, source=name)
+        for split in source.splits:
+            reader = open_reader(source, split)
             keys: set[str] = set()
             for index, error in _samples(reader, found, name, split):
                 done += 1

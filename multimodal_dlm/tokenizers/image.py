@@ -7,14 +7,15 @@ are residual, start as the identity and carry no normalisation.
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.models.modeling_utils import ModelMixin
-from jaxtyping import Float
+from jaxtyping import Float, UInt8
 from torch import Tensor, nn
 
 from multimodal_dlm.errors import ConfigError, VocabularyError
@@ -201,3 +202,9 @@ class ImageTokenizer(ModelMixin, ConfigMixin):
         """Reconstruction (not clamped) and quantizer loss, for training."""
         output = self.quantize(pixels)
         return self.decode_latents(output.quantized), output.loss
+
+
+def pixels_from_images(images: Sequence[UInt8[np.ndarray, "height width 3"]]) -> Tensor:
+    """RGB bytes -> float pixels in [0, 1], (batch, 3, height, width)."""
+    stacked = torch.from_numpy(np.stack(images))
+    return stacked.permute(0, 3, 1, 2).float() / 255

@@ -9,6 +9,7 @@ import hashlib
 import json
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
@@ -55,6 +56,11 @@ def text_fingerprint(tokenizer: PreTrainedTokenizerFast) -> str:
     model = json.loads(tokenizer.backend_tokenizer.to_str())["model"]
     content = {"vocab": sorted(model["vocab"].items()), "merges": model["merges"]}
     return hashlib.sha256(json.dumps(content).encode()).hexdigest()
+
+
+def encode_text(tokenizer: Any, text: str) -> list[int]:
+    """Codes of a text, without `<eos>`; special tokens typed in it are plain characters."""
+    return tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True)
 
 
 def load_text_tokenizer(folder: str | Path) -> PreTrainedTokenizerFast:

@@ -4,7 +4,7 @@ A source of batches answers `batches(step)`: this process's micro-batches of tha
 Nothing is remembered, so background workers and a resume cannot change the order.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, Protocol
 
 import torch
@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader, Dataset
 from multimodal_dlm.canvas import Canvas
 from multimodal_dlm.datasets.mixture import MixtureReader, TrainingExample
 from multimodal_dlm.processing import TrainingRow, UnifiedProcessor
-from multimodal_dlm.training.code_cache import CodeCache, pixels_from_images
+from multimodal_dlm.tokenizers.image import pixels_from_images
 from multimodal_dlm.training.objectives.base import Batch
 
 
@@ -60,7 +60,7 @@ class CanvasBatches(_MixtureBatches):
 
     Args:
         reader: Global order.
-        cache: Codes of the pictures.
+        row_of: The row of an example, such as `TokenizedRows`.
         processor: Lays out rows.
         micro_batch_size: Rows of one forward pass; None for all of this process's rows.
     """
@@ -68,19 +68,19 @@ class CanvasBatches(_MixtureBatches):
     def __init__(
         self,
         reader: MixtureReader,
-        cache: CodeCache,
+        row_of: Callable[[TrainingExample], TrainingRow],
         processor: UnifiedProcessor,
         *,
         micro_batch_size: int | None = None,
     ) -> None:
         super().__init__(reader, micro_batch_size)
-        self.cache = cache
+        self.row_of = row_of
         self.processor = processor
 
     def batches(self, step: int) -> list[Batch]:
         """This process's micro-batches of global batch `step`."""
         examples = self.reader.batch(step)
-        canvas = self.processor.training_canvas([self._row(example) for example in examples])
+        canvas = self.processor.training_canvas([self.row_of(example) for example in examples])
         counts = torch.tensor([example.weight > 0 for example in examples])
         canvas = canvas.replace(is_free=canvas.is_free & counts[:, None])
         first = self.reader.rank * self.num_rows
@@ -98,16 +98,6 @@ class CanvasBatches(_MixtureBatches):
                 )
             )
         return batches
-
-    def _row(self, example: TrainingExample) -> TrainingRow:
-        codes = self.cache.lookup(example.source, example.index)
-        return TrainingRow(
-            task=example.task,
-            codes=None if example.task == "text" else codes,
-            instruction=example.instruction,
-            text=example.text,
-            window_draw=example.window_draw,
-        )
 
 
 class PixelBatches(_MixtureBatches):

@@ -4,17 +4,17 @@ The loop receives a model, an objective, batches and an export function, and kno
 """
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import nn
 
-from multimodal_dlm.datasets.manifest import Manifest, Source, open_manifest
+from multimodal_dlm.datasets.manifest import Manifest, open_manifest
 from multimodal_dlm.datasets.mixture import MixtureReader
-from multimodal_dlm.errors import CheckpointError, ConfigError
+from multimodal_dlm.datasets.tokenizing import TokenizerPair
+from multimodal_dlm.errors import CheckpointError, ConfigError, DataError
 from multimodal_dlm.layout import make_layout
 from multimodal_dlm.models.presets import get_preset
 from multimodal_dlm.models.transformer import UnifiedTransformerModel
@@ -24,12 +24,18 @@ from multimodal_dlm.schedulers import ConfidenceScheduler
 from multimodal_dlm.tokenizers.image import ImageTokenizer
 from multimodal_dlm.tokenizers.text import load_text_tokenizer, text_fingerprint
 from multimodal_dlm.training.batches import BatchSource, CanvasBatches, PixelBatches
-from multimodal_dlm.training.code_cache import CodeCache, Levels, has_pictures, open_code_cache
 from multimodal_dlm.training.config import TrainConfig
 from multimodal_dlm.training.initialisation import start_from_features
 from multimodal_dlm.training.objectives import build_objective
 from multimodal_dlm.training.objectives.base import Objective
 from multimodal_dlm.training.randomness import EVALUATION_SEED
+from multimodal_dlm.training.tokenized_data import (
+    BlankRows,
+    TokenizedRows,
+    check_lengths,
+    check_tokenized,
+    tokenized_manifest,
+)
 from multimodal_dlm.vocabulary import UnifiedVocabulary
 
 
@@ -56,27 +62,27 @@ class Job:
     held_out: BatchSource | None = None
 
 
-class BlankCodes(CodeCache):
-    """Codes 0 for every picture: shapes without encoding, for descriptions of a run.
+@dataclass(frozen=True)
+class Portion:
+    """What is read of a manifest.
 
     Args:
-        sources: Sources with the split.
         split: Split.
-        image_tokenizer: Gives grid and levels.
+        seed: Of the order.
+        batch_size: Rows of the global batch.
+        rank: This process.
+        world_size: All processes.
     """
 
-    def __init__(self, sources: list[Source], split: str, image_tokenizer: ImageTokenizer) -> None:
-        super().__init__({})
-        grid = np.zeros(image_tokenizer.grid_size, dtype=np.uint16)
-        levels = (grid,) * len(image_tokenizer.codebook_sizes)
-        self._blank: dict[str, Levels | None] = {}
-        for source in sources:
-            self._blank[source.name] = levels if has_pictures(source, split) else None
+    split: str
+    seed: int
+    batch_size: int
+    rank: int
+    world_size: int
 
-    def lookup(self, source: str, index: int) -> Levels | None:
-        """Zeros, or None when the source has no pictures."""
-        del index
-        return self._blank[source]
+    def read(self, manifest: Manifest) -> MixtureReader:
+        """The reader of a manifest."""
+        return MixtureReader(manifest, **asdict(self))
 
 
 def build_job(
@@ -94,28 +100,19 @@ def build_job(
         rank: This process.
         world_size: All processes.
         device: Where pictures are encoded; None for the CPU.
-        is_dry_run: Do not encode pictures.
+        is_dry_run: Do not tokenize raw shards.
     """
     manifest = open_manifest(config.data.manifest, config.data.data_root)
-    reader = MixtureReader(
-        manifest,
-        split=config.data.split,
-        seed=config.seed,
-        batch_size=config.data.batch_size,
-        rank=rank,
-        world_size=world_size,
-    )
-    held_out = _held_out_reader(config, manifest, rank, world_size)
+    portion = Portion(config.data.split, config.seed, config.data.batch_size, rank, world_size)
+    held_out = _held_out(config, rank, world_size)
     objective = build_objective(config.objective.name, **config.objective.options)
     if config.model.component == "image_tokenizer":
-        return _image_tokenizer_job(config, manifest, reader, held_out, objective)
-    return _transformer_job(config, manifest, reader, held_out, objective, device, is_dry_run)
+        return _image_tokenizer_job(config, manifest, portion, held_out, objective)
+    return _transformer_job(config, manifest, portion, held_out, objective, device, is_dry_run)
 
 
-def _held_out_reader(
-    config: TrainConfig, manifest: Manifest, rank: int, world_size: int
-) -> MixtureReader | None:
-    """Reads the rows of the evaluation as its batch 0; None without evaluation."""
+def _held_out(config: TrainConfig, rank: int, world_size: int) -> Portion | None:
+    """The rows of the evaluation are its batch 0; None without evaluation."""
     evaluation = config.evaluation
     if not evaluation.every_steps:
         return None
@@ -124,14 +121,7 @@ def _held_out_reader(
             "`evaluation.num_rows` must be a multiple of the number of processes; got"
             f" {evaluation.num_rows} and {world_size}."
         )
-    return MixtureReader(
-        manifest,
-        split=evaluation.split,
-        seed=EVALUATION_SEED,
-        batch_size=evaluation.num_rows,
-        rank=rank,
-        world_size=world_size,
-    )
+    return Portion(evaluation.split, EVALUATION_SEED, evaluation.num_rows, rank, world_size)
 
 
 def build_vocabulary(tokenizer: Any, image_tokenizer: ImageTokenizer) -> UnifiedVocabulary:
@@ -147,8 +137,8 @@ def build_vocabulary(tokenizer: Any, image_tokenizer: ImageTokenizer) -> Unified
 def _transformer_job(
     config: TrainConfig,
     manifest: Manifest,
-    reader: MixtureReader,
-    held_out: MixtureReader | None,
+    portion: Portion,
+    held_out: Portion | None,
     objective: Objective,
     device: torch.device | None,
     is_dry_run: bool,
@@ -174,19 +164,23 @@ def _transformer_job(
         tokenizer=tokenizer,
         image_grids=((height, width),) * levels,
     )
+    pair = TokenizerPair.of(tokenizer, image_tokenizer)
+    check_tokenized(manifest, pair.codebooks)
     if not is_dry_run:
         image_tokenizer.to(device or torch.device("cpu"))
 
-    def batches(reader: MixtureReader) -> CanvasBatches:
-        sources = list(reader.sources.values())
-        cache = (
-            BlankCodes(sources, reader.split, image_tokenizer)
-            if is_dry_run
-            else open_code_cache(sources, reader.split, image_tokenizer, config.data.cache_dir)
-        )
-        return CanvasBatches(
-            reader, cache, processor, micro_batch_size=config.data.micro_batch_size
-        )
+    def batches(portion: Portion) -> CanvasBatches:
+        micro_batch_size = config.data.micro_batch_size
+        if is_dry_run:
+            reader = portion.read(manifest)
+            row_of = BlankRows(reader, pair.codebooks)
+        else:
+            folder = Path(config.data.cache_dir)
+            made = tokenized_manifest(manifest, portion.split, pair, folder)
+            check_lengths(made, portion.split, processor.layout["max_window"]["text"])
+            reader = portion.read(made)
+            row_of = TokenizedRows(reader)
+        return CanvasBatches(reader, row_of, processor, micro_batch_size=micro_batch_size)
 
     components = {
         "tokenizer": tokenizer,
@@ -208,7 +202,7 @@ def _transformer_job(
     return Job(
         model,
         objective,
-        batches(reader),
+        batches(portion),
         manifest,
         export,
         components,
@@ -244,10 +238,16 @@ def _build_transformer(
 def _image_tokenizer_job(
     config: TrainConfig,
     manifest: Manifest,
-    reader: MixtureReader,
-    held_out: MixtureReader | None,
+    portion: Portion,
+    held_out: Portion | None,
     objective: Objective,
 ) -> Job:
+    for name, source in manifest.sources.items():
+        if source.codebooks is not None:
+            raise DataError(
+                f"An image tokenizer must be trained on pictures; source `{name}` is pre-tokenized"
+                " and has none. Give its raw manifest as `data.manifest`."
+            )
     if config.model.init_from is not None:
         model = ImageTokenizer.from_pretrained(_folder("model.init_from", config.model.init_from))
     else:
@@ -264,10 +264,11 @@ def _image_tokenizer_job(
         tokenizer.mark_released()
         tokenizer.save_pretrained(path)
 
-    size = config.data.micro_batch_size
-    source = PixelBatches(reader, micro_batch_size=size)
-    held = PixelBatches(held_out, micro_batch_size=size) if held_out else None
-    return Job(model, objective, source, manifest, export, {}, held)
+    def batches(portion: Portion) -> PixelBatches:
+        return PixelBatches(portion.read(manifest), micro_batch_size=config.data.micro_batch_size)
+
+    held = batches(held_out) if held_out else None
+    return Job(model, objective, batches(portion), manifest, export, {}, held)
 
 
 def _folder(name: str, path: str) -> Path:

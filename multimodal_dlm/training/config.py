@@ -59,7 +59,7 @@ class DataConfig:
         split: Split to train on.
         batch_size: Rows of the global batch, over all processes.
         micro_batch_size: Rows of one forward pass; rows of like length share one. None for all.
-        cache_dir: Folder of encoded pictures, computed once for each tokenizer and shard.
+        cache_dir: Raw sources are pre-tokenized into this folder, once for each pair of tokenizers.
         num_workers: Background processes that prepare batches; the order does not depend on it.
     """
 

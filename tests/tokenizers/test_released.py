@@ -6,10 +6,9 @@ import pytest
 import torch
 
 from multimodal_dlm.datasets import ShardReader, open_manifest
-from multimodal_dlm.tokenizers.image import ImageTokenizer
+from multimodal_dlm.tokenizers.image import ImageTokenizer, pixels_from_images
 from multimodal_dlm.tokenizers.quantizers import codebook_perplexity, codebook_usage
 from multimodal_dlm.tokenizers.text import load_text_tokenizer, text_fingerprint
-from multimodal_dlm.training.code_cache import pixels_from_images
 
 ROOT = Path(__file__).parents[2]
 PLAIN = {"add_special_tokens": False, "split_special_tokens": True}

@@ -1,63 +1,13 @@
-"""Code cache and batches: encoded once, verified, ordered by step alone."""
+"""Batches: functions of the step alone, the same from raw and from pre-tokenized shards."""
 
 import dataclasses
 
-import numpy as np
-import pytest
 import torch
 
-from multimodal_dlm.datasets.manifest import open_manifest
-from multimodal_dlm.datasets.reading import ShardReader
-from multimodal_dlm.errors import CheckpointError
-from multimodal_dlm.tokenizers.image import ImageTokenizer
 from multimodal_dlm.training.batches import drop_empty_columns, iterate_steps
-from multimodal_dlm.training.code_cache import open_code_cache, pixels_from_images
 from multimodal_dlm.training.components import build_job
-from tests.training.runs import NUM_SAMPLES, run_config
+from tests.training.runs import run_config
 from tests.training.tiny import canvas_of
-
-
-@pytest.fixture
-def image_tokenizer(run_root) -> ImageTokenizer:
-    return ImageTokenizer.from_pretrained(run_root / "image").eval()
-
-
-def test_cached_codes_are_those_of_the_pictures(run_root, image_tokenizer, tmp_path):
-    source = open_manifest(run_root / "mixture.yaml").sources["squares"]
-    cache = open_code_cache([source], "train", image_tokenizer, tmp_path, batch_size=5)
-    assert cache.num_pictures == NUM_SAMPLES["train"]
-    reader = ShardReader(source.splits["train"])
-    for index in (0, 4, 11):
-        codes = image_tokenizer.encode(pixels_from_images([reader[index].image]))
-        levels = cache.lookup("squares", index)
-        assert levels is not None
-        assert levels[0].dtype == np.uint16
-        assert np.array_equal(levels[0], codes[0][0].numpy())
-
-
-def test_pictures_are_encoded_once_for_a_tokenizer(run_root, image_tokenizer, tmp_path):
-    source = open_manifest(run_root / "mixture.yaml").sources["squares"]
-    open_code_cache([source], "train", image_tokenizer, tmp_path)
-    written = {path: path.stat().st_mtime_ns for path in tmp_path.iterdir()}
-    open_code_cache([source], "train", image_tokenizer, tmp_path)
-    assert {path: path.stat().st_mtime_ns for path in tmp_path.iterdir()} == written
-    assert {path.suffix for path in written} == {".safetensors", ".json"}
-    with torch.no_grad():
-        next(image_tokenizer.parameters()).add_(0.5)
-    image_tokenizer.mark_released()
-    open_code_cache([source], "train", image_tokenizer, tmp_path)
-    assert len(list(tmp_path.iterdir())) == 4
-
-
-def test_a_changed_cache_is_refused(run_root, image_tokenizer, tmp_path):
-    source = open_manifest(run_root / "mixture.yaml").sources["squares"]
-    open_code_cache([source], "train", image_tokenizer, tmp_path)
-    path = next(tmp_path.glob("*.safetensors"))
-    content = bytearray(path.read_bytes())
-    content[-1] ^= 1
-    path.write_bytes(content)
-    with pytest.raises(CheckpointError, match="changed since it was written. Delete it"):
-        open_code_cache([source], "train", image_tokenizer, tmp_path)
 
 
 def test_batches_are_a_function_of_the_step(run_root):
