@@ -15,6 +15,7 @@ from multimodal_dlm.datasets.mixture import MixtureReader, TrainingExample
 from multimodal_dlm.processing import TrainingRow, UnifiedProcessor
 from multimodal_dlm.tokenizers.image import pixels_from_images
 from multimodal_dlm.training.objectives.base import Batch
+from multimodal_dlm.training.packing import pack_rows
 
 
 class BatchSource(Protocol):
@@ -50,9 +51,12 @@ class _MixtureBatches:
         self.reader.load_state_dict(state)
         return self.reader.next_batch
 
-    def _chunks(self, order: list[int]) -> Iterator[list[int]]:
-        for start in range(0, len(order), self.micro_batch_size):
-            yield order[start : start + self.micro_batch_size]
+    def _chunks(self, order: list[int], *, is_dealt: bool = False) -> Iterator[list[int]]:
+        """Micro-batches: neighbours of an order, or (dealt like cards) some from everywhere."""
+        starts = range(0, len(order), self.micro_batch_size)
+        for number, start in enumerate(starts):
+            stop = start + self.micro_batch_size
+            yield order[number :: len(starts)] if is_dealt else order[start:stop]
 
 
 class CanvasBatches(_MixtureBatches):
@@ -63,6 +67,8 @@ class CanvasBatches(_MixtureBatches):
         row_of: The row of an example, such as `TokenizedRows`.
         processor: Lays out rows.
         micro_batch_size: Rows of one forward pass; None for all of this process's rows.
+        pack_length: Tokens of a packed row; None to leave every row alone. With it a micro-batch
+            gets rows of all lengths.
     """
 
     def __init__(
@@ -72,9 +78,11 @@ class CanvasBatches(_MixtureBatches):
         processor: UnifiedProcessor,
         *,
         micro_batch_size: int | None = None,
+        pack_length: int | None = None,
     ) -> None:
         super().__init__(reader, micro_batch_size)
         self.row_of = row_of
+        self.pack_length = pack_length
         self.processor = processor
 
     def batches(self, step: int) -> list[Batch]:
@@ -85,7 +93,7 @@ class CanvasBatches(_MixtureBatches):
         canvas = canvas.replace(is_free=canvas.is_free & counts[:, None])
         first = self.reader.rank * self.num_rows
         batches = []
-        for chunk in self._chunks(order_by_shape(canvas)):
+        for chunk in self._chunks(order_by_shape(canvas), is_dealt=self.pack_length is not None):
             part = drop_empty_columns(canvas.select_rows(torch.tensor(chunk)))
             chosen = [examples[index] for index in chunk]
             batches.append(
@@ -95,6 +103,9 @@ class CanvasBatches(_MixtureBatches):
                     tasks=tuple(example.task for example in chosen),
                     rows=tuple(first + index for index in chunk),
                     draws=tuple(example.mask_draw for example in chosen),
+                    packing=pack_rows(part.is_padding, self.pack_length)
+                    if self.pack_length
+                    else None,
                 )
             )
         return batches

@@ -170,7 +170,6 @@ def _transformer_job(
         image_tokenizer.to(device or torch.device("cpu"))
 
     def batches(portion: Portion) -> CanvasBatches:
-        micro_batch_size = config.data.micro_batch_size
         if is_dry_run:
             reader = portion.read(manifest)
             row_of = BlankRows(reader, pair.codebooks)
@@ -180,7 +179,13 @@ def _transformer_job(
             check_lengths(made, portion.split, processor.layout["max_window"]["text"])
             reader = portion.read(made)
             row_of = TokenizedRows(reader)
-        return CanvasBatches(reader, row_of, processor, micro_batch_size=micro_batch_size)
+        return CanvasBatches(
+            reader,
+            row_of,
+            processor,
+            micro_batch_size=config.data.micro_batch_size,
+            pack_length=config.data.pack_length,
+        )
 
     components = {
         "tokenizer": tokenizer,

@@ -59,6 +59,8 @@ class DataConfig:
         split: Split to train on.
         batch_size: Rows of the global batch, over all processes.
         micro_batch_size: Rows of one forward pass; rows of like length share one. None for all.
+        pack_length: Tokens of a packed row: short rows share the rows of a forward pass, with the
+            same losses and gradients. None leaves every row alone.
         cache_dir: Raw sources are pre-tokenized into this folder, once for each pair of tokenizers.
         num_workers: Background processes that prepare batches; the order does not depend on it.
     """
@@ -68,6 +70,7 @@ class DataConfig:
     split: str = "train"
     batch_size: int = 64
     micro_batch_size: int | None = None
+    pack_length: int | None = None
     cache_dir: str = "runs/cache"
     num_workers: int = 0
 
@@ -255,6 +258,8 @@ class TrainConfig:
         _at_least("stability.window", self.stability.window, 1)
         if self.data.micro_batch_size is not None:
             _at_least("data.micro_batch_size", self.data.micro_batch_size, 1)
+        if self.data.pack_length is not None:
+            _at_least("data.pack_length", self.data.pack_length, 1)
         if not 0.0 <= self.ema_decay < 1.0:
             raise ConfigError(f"`ema_decay` must lie in [0, 1); got {self.ema_decay}. Use 0.999.")
         if self.optimizer.lr <= 0:
@@ -275,6 +280,7 @@ RESUMABLE_CHANGES = (
     "data.data_root",
     "data.micro_batch_size",
     "data.num_workers",
+    "data.pack_length",
     "export.dtype",
     "export.folder",
     "export.use_ema",

@@ -11,7 +11,6 @@ from multimodal_dlm.training.callbacks import Callback, TrainState
 from multimodal_dlm.training.components import Job, build_job
 from multimodal_dlm.training.config import TrainConfig
 from multimodal_dlm.training.launching import open_accelerator
-from multimodal_dlm.training.objectives.base import Batch
 from multimodal_dlm.training.run_folder import write_run_folder
 from multimodal_dlm.training.trainer import Trainer
 
@@ -31,7 +30,7 @@ def describe(config: TrainConfig) -> dict[str, Any]:
     steps = min(DESCRIBED_STEPS, config.num_train_steps)
     batches = [part for _, parts in iterate_steps(job.source, 0, steps) for part in parts]
     tokens = sum(batch.num_tokens for batch in batches) / steps
-    slots = sum(_num_slots(batch) for batch in batches) / steps
+    slots = sum(batch.num_slots for batch in batches) / steps
     parameters = [parameter for parameter in job.model.parameters() if parameter.requires_grad]
     return {
         "config": config.to_dict(),
@@ -112,12 +111,6 @@ def _export(config: TrainConfig, job: Job, trainer: Trainer) -> Path:
         logger.info("Exported to %s.", folder)
     trainer.accelerator.wait_for_everyone()
     return folder
-
-
-def _num_slots(batch: Batch) -> int:
-    """Tokens with padding."""
-    shape = getattr(batch.inputs, "input_ids", None)
-    return shape.numel() if shape is not None else len(batch.inputs)
 
 
 def _data_size(config: TrainConfig, job: Job) -> dict[str, Any]:

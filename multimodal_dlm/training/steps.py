@@ -120,6 +120,9 @@ class TrainStep:
             if self.ema is not None:
                 self.ema.update(self.model)
             terms.add({"loss": Term(losses.sum(), torch.ones(()))})
+            slots = torch.tensor(float(sum(batch.num_slots for batch in batches)))
+            tokens = sum(batch.num_tokens for batch in batches)
+            terms.add({"padding_share": Term(slots - tokens, slots)})
             self.meter.add(terms.terms())
         else:
             for buffer, value in zip(self.model.buffers(), buffers, strict=True):

@@ -14,9 +14,9 @@ from torch import Tensor
 
 from multimodal_dlm.canvas import Canvas
 from multimodal_dlm.errors import ConfigError
-from multimodal_dlm.models.attention_plan import AttentionPlan
 from multimodal_dlm.training.objectives.base import Generators, ObjectiveOutput, target_nll
 from multimodal_dlm.training.objectives.canvas_objective import CanvasObjective, nelbo_terms
+from multimodal_dlm.training.packing import Packing, canvas_states
 
 
 class Autoregressive(CanvasObjective):
@@ -34,6 +34,7 @@ class Autoregressive(CanvasObjective):
         tasks: Sequence[str] = (),
         draws: Sequence[float] = (),
         row_share: float = 1.0,
+        packing: Packing | None = None,
     ) -> ObjectiveOutput:
         """One causal forward on the clean canvas; nothing is drawn.
 
@@ -47,6 +48,7 @@ class Autoregressive(CanvasObjective):
             tasks: Task of each row, for its weight and the report.
             draws: Unused.
             row_share: Rows of this micro-batch over those of the global batch.
+            packing: How rows share the rows of the forward pass.
 
         Raises:
             ConfigError: When the model does not shift its logits; it would see its targets.
@@ -58,13 +60,9 @@ class Autoregressive(CanvasObjective):
                 f"Objective `autoregressive` needs a model with `logits_shift` 1; got {shift}. Set"
                 " `model.options.logits_shift: 1`."
             )
-        output = model(
-            inputs.input_ids,
-            noise_levels=torch.zeros(inputs.input_ids.shape, device=inputs.device),
-            modality_ids=inputs.modality_ids,
-            position_ids=inputs.position_ids,
-            attention_plan=AttentionPlan.from_canvas(inputs.replace(order=causal_order(inputs))),
-        )
+        levels = torch.zeros(inputs.input_ids.shape, device=inputs.device)
+        ordered = inputs.replace(order=causal_order(inputs))
+        output = canvas_states(model, ordered, levels, packing)
         nll = target_nll(model, output.hidden_states, inputs, inputs.is_free)
         loss = self.weighted_loss(nll, inputs, model.vocabulary, denominators, tasks)
         if output.auxiliary_loss is not None:

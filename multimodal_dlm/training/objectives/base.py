@@ -6,7 +6,7 @@ inputs, and returns the loss to differentiate and the terms to report.
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Self
 
 import torch
@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from multimodal_dlm.canvas import Canvas
 from multimodal_dlm.diffusion.losses import token_nll
+from multimodal_dlm.training.packing import Packing
 
 Generators = torch.Generator | Sequence[torch.Generator]
 
@@ -65,6 +66,7 @@ class Batch:
         tasks: Task of each row; empty when rows have none.
         rows: Index of each row in the global batch.
         draws: One uniform number a row for choices of the objective.
+        packing: How rows share the rows of the forward pass; None when they do not.
     """
 
     inputs: Any
@@ -72,10 +74,12 @@ class Batch:
     tasks: tuple[str, ...] = ()
     rows: tuple[int, ...] = ()
     draws: tuple[float, ...] = ()
+    packing: Packing | None = None
 
     def to(self, device: torch.device) -> "Batch":
-        """A copy whose inputs are on another device."""
-        return Batch(self.inputs.to(device), self.keys, self.tasks, self.rows, self.draws)
+        """A copy whose tensors are on another device."""
+        packing = self.packing.to(device) if self.packing else None
+        return replace(self, inputs=self.inputs.to(device), packing=packing)
 
     @property
     def num_tokens(self) -> int:
@@ -83,6 +87,15 @@ class Batch:
         if isinstance(self.inputs, Canvas):
             return int((~self.inputs.is_padding).sum())
         return len(self.inputs)
+
+    @property
+    def num_slots(self) -> int:
+        """Tokens that the forward pass computes, padding included."""
+        if self.packing is not None:
+            return self.packing.num_slots
+        return (
+            self.inputs.input_ids.numel() if isinstance(self.inputs, Canvas) else len(self.inputs)
+        )
 
 
 @dataclass(frozen=True)

@@ -81,6 +81,7 @@ class CanvasObjective(Objective):
                     "denominators": denominators,
                     "tasks": batch.tasks,
                     "draws": batch.draws,
+                    "packing": batch.packing,
                     "row_share": len(batch.rows) / num_rows,
                 }
             )
@@ -230,6 +231,26 @@ def noise_terms(
                 low, high = number / num_bins, (number + 1) / num_bins
                 terms[f"noise/{name}/{low:g}-{high:g}"] = _mean(nll.detach(), part)
     return terms
+
+
+@torch.no_grad()
+def density_terms(
+    weight: Float[Tensor, "batch length"],
+    is_target: Bool[Tensor, "batch length"],
+    canvas: Canvas,
+) -> dict[str, Term]:
+    """Share of the processed tokens that teach: `density/targets` and `density/effective`.
+
+    Targets over tokens, and (sum of weights)^2 / (tokens x sum of squared weights): the share of
+    equally weighted targets that would average as much, lower where few positions carry most of the
+    loss.
+    """
+    tokens = (~canvas.is_padding).sum()
+    effective = weight.sum() ** 2 / weight.pow(2).sum().clamp(min=1e-12)
+    return {
+        "density/targets": Term(is_target.sum(), tokens),
+        "density/effective": Term(effective, tokens),
+    }
 
 
 def _mean(values: Tensor, chosen: Tensor) -> Term:

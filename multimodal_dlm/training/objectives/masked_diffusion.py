@@ -18,14 +18,15 @@ from multimodal_dlm.canvas import Canvas, noise_levels
 from multimodal_dlm.diffusion.masking import exact_count_mask, rectangle_mask
 from multimodal_dlm.diffusion.timesteps import counts_from_uniforms, stratified_uniforms
 from multimodal_dlm.errors import ConfigError
-from multimodal_dlm.models.attention_plan import AttentionPlan
 from multimodal_dlm.training.objectives.base import Generators, ObjectiveOutput, target_nll
 from multimodal_dlm.training.objectives.canvas_objective import (
     CanvasObjective,
+    density_terms,
     nelbo_terms,
     noise_terms,
     num_free_windows,
 )
+from multimodal_dlm.training.packing import Packing, canvas_states
 from multimodal_dlm.vocabulary import UnifiedVocabulary
 
 
@@ -83,6 +84,7 @@ class MaskedDiffusion(CanvasObjective):
         tasks: Sequence[str] = (),
         draws: Sequence[float] = (),
         row_share: float = 1.0,
+        packing: Packing | None = None,
     ) -> ObjectiveOutput:
         """One forward on one corruption of a clean canvas.
 
@@ -96,6 +98,7 @@ class MaskedDiffusion(CanvasObjective):
             tasks: Task of each row, for its weight and the report.
             draws: One number in [0, 1) a row that decides about holes; none without.
             row_share: Rows of this micro-batch over those of the global batch.
+            packing: How rows share the rows of the forward pass.
         """
         del teacher
         vocabulary = model.vocabulary
@@ -104,13 +107,7 @@ class MaskedDiffusion(CanvasObjective):
         )
         noisy = corrupted.canvas
         levels = noise_levels(noisy, vocabulary)
-        output = model(
-            noisy.input_ids,
-            noise_levels=levels,
-            modality_ids=noisy.modality_ids,
-            position_ids=noisy.position_ids,
-            attention_plan=AttentionPlan.from_canvas(noisy),
-        )
+        output = canvas_states(model, noisy, levels, packing)
         nll = target_nll(model, output.hidden_states, inputs, corrupted.is_target)
         nelbo = nll * corrupted.weight
         loss = self.weighted_loss(nelbo, inputs, vocabulary, denominators, tasks)
@@ -121,6 +118,7 @@ class MaskedDiffusion(CanvasObjective):
         terms |= noise_terms(
             nll, levels, corrupted.is_target, inputs, vocabulary, self.num_noise_bins
         )
+        terms |= density_terms(corrupted.weight, corrupted.is_target, inputs)
         return ObjectiveOutput(loss, terms, int(corrupted.is_target.sum()), is_bound)
 
     def corrupt(
