@@ -51,6 +51,7 @@ COMMANDS = {
     "joint": Command("pictures", "invent pictures together with their captions"),
     "train": Command("train", "train a model or a tokenizer from a config file"),
     "data build": Command("data", "build the shards and the manifest of a dataset"),
+    "data from-folder": Command("data", "write a folder of pictures with captions as a dataset"),
     "data inspect": Command("data", "show counts, licences and examples of a manifest"),
     "data validate": Command("data", "check every byte of the shards of a manifest"),
     "data tokenize": Command("data", "write pictures and texts as token ids, ready to train on"),

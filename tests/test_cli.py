@@ -430,6 +430,38 @@ def test_data_inspect(capsys, tiny):
     assert "a red square" in out
 
 
+def test_from_a_folder_of_pictures_to_token_ids(capsys, tiny, tmp_path):
+    """Both outputs of both commands; what was refused is named."""
+    pets = tmp_path / "pets"
+    pets.mkdir()
+    for number in range(3):
+        Image.new("RGB", (40, 30), (90 * number, 0, 0)).save(pets / f"{number}.png")
+        (pets / f"{number}.txt").write_text("a red square")
+    (pets / "bad.jpg").write_bytes(b"no picture")
+    (pets / "bad.txt").write_text("bad")
+    given = ("data", "from-folder", str(pets), "--output", str(tmp_path), "--name", "made")
+    options = ("--image_size", "32", "--val", "0", "--test", "0")
+    values = succeed(capsys, *given, *options)
+    assert values["splits"] == {"train": 3}
+    assert [(r["reason"], r["name"]) for r in values["refused"]] == [("picture", "bad.jpg")]
+    status, out, _ = run(capsys, *given, *options, "--license", "CC0-1.0")
+    assert (status, "refused: 1\n  bad.jpg: bad.jpg: a picture must be PNG" in out) == (0, True)
+    tokenizers = (
+        "--text_tokenizer", str(tiny / "pipeline" / "tokenizer"),
+        "--image_tokenizer", str(tiny / "pipeline" / "image_tokenizer"),
+    )  # fmt: skip
+    given = ("data", "tokenize", values["manifest"], "--output", str(tmp_path / "ids"), *tokenizers)
+    made = succeed(capsys, *given, "--workers", "1", "--splits", "[train]")
+    assert made["sources"] == {"made": {"train": 3}}
+    status, out, _ = run(capsys, *given)
+    assert status == 0
+    assert f"manifest: {tmp_path / 'ids' / 'made.yaml'}" in out
+    status, out, _ = run(capsys, "data", "inspect", made["manifest"])
+    assert "CC0-1.0  pre-tokenized" in out
+    message = fail(capsys, *given, "--image_tokenizer", "none")
+    assert "image tokenizer must be a folder; there is no `none`" in message
+
+
 def test_dry_run_of_the_smoke_config(capsys, monkeypatch):
     monkeypatch.chdir(REPOSITORY)
     values = succeed(capsys, "train", "--config", "configs/smoke.yaml", "--dry-run", "--seed", "3")

@@ -1,5 +1,6 @@
-"""Commands about data: build, inspect, validate, tokenize."""
+"""Commands about data: build, from-folder, inspect, validate, tokenize."""
 
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Any, Literal
 
 from multimodal_dlm.commands.reporting import USER_ERROR, Report
@@ -11,7 +12,10 @@ if TYPE_CHECKING:
 
 def add_options(parser: "ArgumentParser", name: str) -> None:
     """Add the options of one command."""
-    if name == "build":
+    if name == "from-folder":
+        parser.add_argument("folder", type=str, help="pictures with captions")
+        parser.add_function_arguments(run_from_folder, skip={"folder"}, as_group=False)
+    elif name == "build":
         parser.add_argument("recipe", type=str, help="emoji, emoji_scenes, easy_vqa, ...")
         parser.add_function_arguments(run_build, skip={"recipe"}, as_group=False)
     else:
@@ -55,6 +59,85 @@ def run_build(
         "manifest": f"{output}/{recipe}.yaml",
         "license": manifest["license"],
         "splits": splits,
+    }
+    return Report(values, "\n".join(lines))
+
+
+def run_from_folder(
+    folder: str,
+    *,
+    output: str = "data",
+    name: str | None = None,
+    license: str = "LicenseRef-unknown",
+    image_size: int = 64,
+    fit: Literal["crop", "pad", "stretch"] = "crop",
+    val: float = 0.05,
+    test: float = 0.05,
+    shard_size: int = 1000,
+    show: int = 20,
+) -> Report:
+    """Write a folder of pictures with captions as shards, manifest and data card.
+
+    Captions come from metadata.jsonl, metadata.csv, captions.csv or captions.json (`file_name`,
+    `text`, and where there are any `question` and `answer`), else from a .txt beside each picture.
+
+    Args:
+        folder: Pictures with captions.
+        output: data root; shards go into `<output>/<name>/`
+        name: name of the dataset; null for that of the folder
+        license: SPDX expression of pictures and texts, such as CC-BY-4.0
+        image_size: side of the squares that are written: that of the image tokenizer
+        fit: how a picture becomes a square: cut, with white added, or stretched
+        val: share of the pictures in split `val`
+        test: share of the pictures in split `test`
+        shard_size: samples in a shard
+        show: refused files printed at most; `--format json` has all of them
+    """
+    from tqdm.auto import tqdm
+
+    from multimodal_dlm.datasets.from_folder import UNKNOWN_LICENSE, build_from_folder
+
+    with tqdm(desc=f"read {folder}", unit=" pictures") as bar:
+
+        def advance(done: int, total: int) -> None:
+            bar.total = total
+            bar.update(done - bar.n)
+
+        made = build_from_folder(
+            folder,
+            output,
+            name=name,
+            license=license,
+            image_size=image_size,
+            fit=fit,
+            val=val,
+            test=test,
+            shard_size=shard_size,
+            progress=advance,
+        )
+    total = sum(made.splits.values())
+    lines = [f"{made.manifest.stem}: {total:,} pictures, {license}"]
+    lines += [f"  {split:<8}{count:>9,} samples" for split, count in made.splits.items()]
+    if 0 < made.num_with_questions < total:
+        lines.append(
+            f"  {made.num_with_questions:,} have questions: task `vqa` is left out, since it needs"
+            " them in every picture. Give those a folder of their own."
+        )
+    if license == UNKNOWN_LICENSE:
+        lines.append("  no licence: name one with --license before you share anything made of it")
+    if made.refused:
+        lines.append(f"refused: {len(made.refused):,}")
+    lines += [f"  {refusal.name}: {refusal.message}" for refusal in made.refused[:show]]
+    if len(made.refused) > show:
+        lines.append(f"  ... and {len(made.refused) - show:,} more (--show, or --format json)")
+    lines.append(f"manifest: {made.manifest}")
+    values = {
+        "manifest": str(made.manifest),
+        "card": str(made.card),
+        "license": license,
+        "splits": dict(made.splits),
+        "with_questions": made.num_with_questions,
+        "refused": [asdict(refusal) for refusal in made.refused],
     }
     return Report(values, "\n".join(lines))
 

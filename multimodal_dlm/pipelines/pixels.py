@@ -11,6 +11,7 @@ from PIL import Image
 from torch import Tensor
 
 from multimodal_dlm.errors import ConfigError, unknown_name
+from multimodal_dlm.tokenizers.image import over_white
 
 IMAGE_OUTPUT_TYPES = ("pil", "np", "pt", "codes")
 PictureLike = Image.Image | np.ndarray | Tensor
@@ -80,7 +81,7 @@ def _listed(image: Any, name: str) -> list[Any]:
 def _picture(image: Any, name: str, channels: int) -> Float[Tensor, "batch channels height width"]:
     """One picture, or one batch, as float32 in [0, 1]."""
     if isinstance(image, Image.Image):
-        array = np.asarray(_flatten(image) if channels == 3 else image.convert("L"))
+        array = np.asarray(over_white(image) if channels == 3 else image.convert("L"))
         tensor = torch.from_numpy(array.copy())
         tensor = tensor.permute(2, 0, 1) if channels == 3 else tensor[None]
     elif isinstance(image, np.ndarray):
@@ -116,15 +117,6 @@ def _to_unit_range(tensor: Tensor, name: str) -> Tensor:
             f" {float(tensor.min()):.3g}..{float(tensor.max()):.3g}. Rescale it."
         )
     return scaled
-
-
-def _flatten(image: Image.Image) -> Image.Image:
-    """RGB, transparency laid over white."""
-    if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
-        image = image.convert("RGBA")
-        background = Image.new("RGBA", image.size, (255, 255, 255, 255))
-        image = Image.alpha_composite(background, image)
-    return image.convert("RGB")
 
 
 def _resize(pixels: Tensor, size: int) -> Tensor:
