@@ -6,14 +6,15 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 BASE_STAMP := $(VENV)/.installed-base
+APP_STAMP := $(VENV)/.installed-app
 
 # The theme's note on its own future is not a warning about these pages.
 MKDOCS := NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs
 
-.PHONY: help demo test check pytest docs format clean
+.PHONY: help app demo test test-app check pytest docs format clean
 
 help: ## list the targets
-	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
 
 $(BIN)/python:
 	@test -n "$(PYTHON)" || { echo "error: Python 3.11 or newer must be installed; none was found.\
@@ -32,6 +33,14 @@ $(STAMP): pyproject.toml | $(BIN)/python
 	@echo "   of it), 1 to 5 minutes"
 	@$(BIN)/python -m pip install --progress-bar on -e ".[dev,data,docs]"
 	@touch $@ $(BASE_STAMP)
+
+$(APP_STAMP): pyproject.toml $(STAMP)
+	@echo "== installing the demo page (gradio) and what drives a browser: about 80 MB"
+	@$(BIN)/python -m pip install --progress-bar on -e ".[ui,browser]"
+	@touch $@
+
+app: $(APP_STAMP) ## draw, read, invent and inpaint on a page in the browser
+	@$(BIN)/python -m multimodal_dlm app
 
 demo: $(BASE_STAMP) ## draw, inpaint, caption and answer with the released model
 	@$(BIN)/python -m multimodal_dlm demo
@@ -52,6 +61,10 @@ check: $(STAMP) ## style, types, layers, documentation
 pytest: $(STAMP) ## the tests
 	@echo "== pytest (a few minutes on two cores)"
 	@$(BIN)/python -m pytest
+
+test-app: $(APP_STAMP) ## the page in a headless Chromium (Debian: chromium chromium-driver)
+	@echo "== pytest: the page in Chromium (half a minute); screenshots in out/app"
+	@$(BIN)/python -m pytest tests/app/check_browser.py
 
 docs: $(STAMP) ## read the documentation in a browser, built again at every change
 	@$(MKDOCS) serve

@@ -12,27 +12,16 @@ from PIL import Image
 
 from multimodal_dlm import UnifiedTextToImagePipeline
 from multimodal_dlm.evaluation import contact_sheet
+from multimodal_dlm.pipelines.drafts import draft_pictures
 
 
 def main(pipeline: str, prompt: str, output: Path) -> None:
     """Save a sheet with one picture a step; what is still masked is gray."""
     pipe = UnifiedTextToImagePipeline.from_pretrained(pipeline)
-    vocabulary = pipe.transformer.vocabulary
     steps: list[Image.Image] = []
 
     def record(pipe: Any, step: int, timestep: float, tensors: dict[str, Any]) -> dict[str, Any]:
-        ids = tensors["input_ids"]
-        window = ids[:, 1 : 1 + pipe.processor.image_grids[0][0] * pipe.processor.image_grids[0][1]]
-        is_masked = vocabulary.is_masked(window)
-        first = vocabulary.to_input_ids(torch.zeros_like(window), "image.0")
-        codes = vocabulary.to_codes(torch.where(is_masked, first, window), "image.0")
-        grid = pipe.processor.image_grids[0]
-        pixels = pipe.image_tokenizer.decode((codes.view(-1, *grid),))[0]
-        cover = is_masked.view(1, 1, *grid).float()
-        cover = torch.nn.functional.interpolate(cover, pixels.shape[-2:])[0]
-        shown = torch.where(cover > 0, torch.full_like(pixels, 0.8), pixels)
-        array = (shown.permute(1, 2, 0) * 255).byte().numpy()
-        steps.append(Image.fromarray(array))
+        steps.extend(draft_pictures(pipe, tensors["input_ids"]))
         return {}
 
     pipe(prompt, generator=torch.Generator().manual_seed(0), callback_on_step_end=record)

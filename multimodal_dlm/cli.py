@@ -58,6 +58,7 @@ COMMANDS = {
     "evaluate": Command("evaluate", "measure a pipeline on held-out data and write a report"),
     "study step-plan": Command("study", "measure what a window is worth drawing in how many steps"),
     "study noise-spectrum": Command("study", "measure what is decided at which noise level"),
+    "app": Command("app", "serve a page that shows every task step by step"),
     "demo": Command("demo", "show every task on the released pipeline"),
     "card": Command("card", "write the model card of a saved pipeline"),
 }

@@ -42,6 +42,22 @@ def save_image(
             f"`path` must end in `.png`, which keeps the recipe; got `{path.name}`. Use"
             f" `{path.with_suffix('.png').name}`."
         )
+    info = recipe_chunk(image, recipe)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    image.save(path, format="PNG", pnginfo=info)
+    return path
+
+
+def recipe_chunk(image: Image.Image, recipe: Mapping[str, Any] | None = None) -> PngInfo:
+    """The text chunk of a PNG that holds a recipe, for `Image.save(..., pnginfo=...)`.
+
+    Args:
+        image: Picture; one from a pipeline holds its recipe in `image.info["recipe"]`.
+        recipe: JSON values; None takes the picture's own, an empty one leaves none in the file.
+
+    Raises:
+        ConfigError: When the recipe is no JSON.
+    """
     chosen = image.info.get(INFO_KEY, {}) if recipe is None else recipe
     info = PngInfo()
     if chosen:
@@ -49,9 +65,7 @@ def save_image(
             info.add_itxt(RECIPE_KEY, json.dumps(chosen, ensure_ascii=False, sort_keys=True))
         except TypeError as error:
             raise ConfigError(f"`recipe` must hold JSON values only; {error}.") from error
-    path.parent.mkdir(parents=True, exist_ok=True)
-    image.save(path, format="PNG", pnginfo=info)
-    return path
+    return info
 
 
 def read_recipe(path: str | Path) -> dict[str, Any]:

@@ -5,10 +5,12 @@ A streamer is any object with the `put(ids)` and `end()` of transformers' stream
 whole window after every step, tokens that are still masked shown as `[MASK]`.
 """
 
+from collections.abc import Sequence
 from itertools import groupby
 from typing import Any, Protocol
 
 import torch
+from jaxtyping import Int
 from torch import Tensor
 
 from multimodal_dlm.canvas import Canvas
@@ -80,26 +82,35 @@ class TextStream:
             self.streamer.end()
 
     def _codes(self, canvas: Canvas) -> list[int | None]:
-        """Codes up to the first `<eos>`, None where masked."""
-        vocabulary = self.processor.vocabulary
-        ids = canvas.input_ids[0, canvas.window_slice(self.processor.answer_window)]
-        codes: list[int | None] = []
-        columns = vocabulary.columns("text")
-        eos, fill = vocabulary.special_id("eos"), vocabulary.special_id("fill")
-        for token in ids.tolist():
-            if token == eos:
-                break
-            if token != fill:
-                codes.append(token - columns.start if token in columns else None)
-        return codes
+        window = canvas.window_slice(self.processor.answer_window)
+        return content_codes(self.processor, canvas.input_ids[0, window])
 
     def _draft(self, codes: list[int | None]) -> str:
-        parts = []
-        for is_masked, run in groupby(codes, key=lambda code: code is None):
-            known = list(run)
-            parts.append(
-                MASK_MARKER * len(known)
-                if is_masked
-                else str(self.processor.tokenizer.decode([c for c in known if c is not None]))
-            )
-        return "".join(parts)
+        return draft_text(self.processor, codes)
+
+
+def content_codes(processor: UnifiedProcessor, ids: Int[Tensor, " positions"]) -> list[int | None]:
+    """Codes of a window of text up to the first `<eos>`, None where masked, `<fill>` left out."""
+    vocabulary = processor.vocabulary
+    columns = vocabulary.columns("text")
+    eos, fill = vocabulary.special_id("eos"), vocabulary.special_id("fill")
+    codes: list[int | None] = []
+    for token in ids.tolist():
+        if token == eos:
+            break
+        if token != fill:
+            codes.append(token - columns.start if token in columns else None)
+    return codes
+
+
+def draft_text(processor: UnifiedProcessor, codes: Sequence[int | None]) -> str:
+    """A text of which some tokens may still be masked, those as `[MASK]`."""
+    parts = []
+    for is_masked, run in groupby(codes, key=lambda code: code is None):
+        known = list(run)
+        parts.append(
+            MASK_MARKER * len(known)
+            if is_masked
+            else str(processor.tokenizer.decode([c for c in known if c is not None]))
+        )
+    return "".join(parts)
