@@ -170,6 +170,16 @@ class UnifiedAttention(nn.Module, AttentionModuleMixin):
         """True without grouped queries and without query and key norms."""
         return self.norm_q is None and self.num_heads == self.num_key_value_heads
 
+    def is_plain_eager(self, hidden_states: Tensor, rotary: Rotary, plan: AttentionPlan) -> bool:
+        """True where this layer is plain and fully rotated, and its processor chooses `eager`."""
+        processor = self.processor
+        return (
+            self.is_plain
+            and rotary.cos.shape[-1] == self.head_dim
+            and type(processor) is UnifiedAttnProcessor
+            and processor.choose(hidden_states, plan, None) == "eager"
+        )
+
     def use_backend(self, name: str) -> None:
         """Choose the backend of this layer, see `check_backend`."""
         cast("UnifiedAttnProcessor", self.processor)._attention_backend = name

@@ -12,7 +12,8 @@ from multimodal_dlm.models.fused import (
     use_fused,
     wide_linear,
 )
-from multimodal_dlm.models.noise_conditioning import Modulation
+from multimodal_dlm.models.native.functions import Tables
+from multimodal_dlm.models.noise_conditioning import Gating
 
 
 class RMSNorm(nn.Module):
@@ -34,44 +35,58 @@ class RMSNorm(nn.Module):
     def forward(
         self,
         hidden_states: Float[Tensor, "batch length width"],
-        modulation: Modulation | None = None,
-        shift: Float[Tensor, "rows width"] | None = None,
-        scale: Float[Tensor, "rows width"] | None = None,
+        gating: Gating | None = None,
     ) -> Float[Tensor, "batch length width"]:
         """Same shape and dtype in and out."""
         dtype = hidden_states.dtype
         if use_fused(hidden_states):
-            rows, one_hot, factor = None, None, self.weight[None].to(dtype)
-            if modulation is not None and scale is not None and shift is not None:
-                rows, one_hot = modulation.flat_rows, modulation.one_hot
-                factor = (self.weight * (1 + scale.float())).to(dtype)
-                shift = shift.to(dtype)
+            rows, one_hot, shift, factor = None, None, None, self.weight[None].to(dtype)
+            if gating is not None:
+                rows, one_hot = gating.modulation.flat_rows, gating.modulation.one_hot
+                factor = (self.weight * (1 + gating.scale.float())).to(dtype)
+                shift = gating.shift.to(dtype)
             flat = hidden_states.flatten(0, 1)
             normed = NormModulate.apply(flat, factor, shift, rows, one_hot, self.eps)
             return normed.view_as(hidden_states)
         weight = self.weight.to(dtype)
         normed = F.rms_norm(hidden_states, weight.shape, weight, self.eps)
-        if modulation is None or scale is None or shift is None:
+        if gating is None:
             return normed
-        rows = modulation.rows
-        return normed * F.embedding(rows, (1 + scale).to(dtype)) + F.embedding(
-            rows, shift.to(dtype)
+        rows = gating.modulation.rows
+        return normed * F.embedding(rows, (1 + gating.scale).to(dtype)) + F.embedding(
+            rows, gating.shift.to(dtype)
+        )
+
+    def tables(self, hidden_states: Tensor, gating: Gating | None) -> Tables:
+        """This norm and the gating of its half as the native kernels take them."""
+        weight = self.weight.float()
+        if gating is None:
+            rows = torch.zeros(hidden_states.shape[:-1].numel(), dtype=torch.int32)
+            return Tables(
+                weight[None], torch.zeros_like(weight[None]), torch.ones_like(weight[None]), rows
+            )
+        return Tables(
+            weight * (1 + gating.scale.float()),
+            gating.shift.float().contiguous(),
+            1 + gating.gate.float(),
+            gating.modulation.short_rows,
         )
 
 
 def add_gated(
     hidden_states: Float[Tensor, "batch length width"],
     update: Float[Tensor, "batch length width"],
-    modulation: Modulation,
-    gate: Float[Tensor, "rows width"],
+    gating: Gating | None,
 ) -> Float[Tensor, "batch length width"]:
     """hidden_states + update x (1 + gate of the token's level)."""
-    gate = (1 + gate).to(hidden_states.dtype)
+    if gating is None:
+        return hidden_states + update
+    gate = (1 + gating.gate).to(hidden_states.dtype)
     if use_fused(hidden_states) and update.dtype == hidden_states.dtype:
-        rows, one_hot = modulation.flat_rows, modulation.one_hot
+        rows, one_hot = gating.modulation.flat_rows, gating.modulation.one_hot
         flat = hidden_states.flatten(0, 1), update.flatten(0, 1)
         return GatedAdd.apply(*flat, gate, rows, one_hot).view_as(hidden_states)
-    return hidden_states + update * F.embedding(modulation.rows, gate)
+    return hidden_states + update * F.embedding(gating.modulation.rows, gate)
 
 
 class SwiGLU(nn.Module):

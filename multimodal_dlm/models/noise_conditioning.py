@@ -7,6 +7,7 @@ Theorem 1), so conditioning can only help a finite model; uniform noise needs it
 import math
 from dataclasses import dataclass
 from functools import cached_property
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -47,10 +48,31 @@ class Modulation:
         return self.rows.flatten()
 
     @cached_property
+    def short_rows(self) -> Int[Tensor, " tokens"]:
+        """`flat_rows` as int32."""
+        return self.flat_rows.int()
+
+    @cached_property
     def one_hot(self) -> Float[Tensor, "rows tokens"]:
         """bf16 indicator of each token's row: a table's gradient is one product with it."""
         columns = torch.arange(self.features.shape[0], device=self.rows.device)
         return (columns[:, None] == self.flat_rows).to(torch.bfloat16)
+
+
+class Gating(NamedTuple):
+    """The part of a modulation that one half of a block takes; tables (rows, width).
+
+    Args:
+        modulation: Which row each token takes.
+        shift: Added to the normalised token.
+        scale: 1 + scale is multiplied into it before.
+        gate: 1 + gate is multiplied into the half's output.
+    """
+
+    modulation: Modulation
+    shift: Tensor
+    scale: Tensor
+    gate: Tensor
 
 
 class NoiseConditioning(nn.Module):

@@ -34,7 +34,8 @@ from multimodal_dlm.models.attention import OWN_BACKENDS, UnifiedAttention, chec
 from multimodal_dlm.models.attention_plan import AttentionPlan
 from multimodal_dlm.models.kv_cache import ExactCache, ExactCacheConfig, build_cache
 from multimodal_dlm.models.layers import RMSNorm, SwiGLU, add_gated
-from multimodal_dlm.models.noise_conditioning import Modulation, NoiseConditioning
+from multimodal_dlm.models.native.functions import can_run, gated_attention, gated_mlp
+from multimodal_dlm.models.noise_conditioning import Gating, Modulation, NoiseConditioning
 from multimodal_dlm.models.positions import Rotary, check_axes, rotary_tables
 from multimodal_dlm.vocabulary import UnifiedVocabulary
 
@@ -78,16 +79,32 @@ class UnifiedTransformerBlock(nn.Module):
         kv_cache: ExactCache | None = None,
     ) -> Tensor:
         """(batch, length, width) in and out."""
-        if modulation is None or self.scale_shift_table is None:
-            attended = self.attn(self.norm1(hidden_states), rotary, plan, kv_cache)
-            hidden_states = hidden_states + attended
-            return hidden_states + self.mlp(self.norm2(hidden_states))
-        shift1, scale1, gate1, shift2, scale2, gate2 = modulation.tables(self.scale_shift_table)
-        inner = self.norm1(hidden_states, modulation, shift1, scale1)
-        attended = self.attn(inner, rotary, plan, kv_cache)
-        hidden_states = add_gated(hidden_states, attended, modulation, gate1)
-        inner = self.norm2(hidden_states, modulation, shift2, scale2)
-        return add_gated(hidden_states, self.mlp(inner), modulation, gate2)
+        first = second = None
+        if modulation is not None and self.scale_shift_table is not None:
+            parts = modulation.tables(self.scale_shift_table)
+            first, second = Gating(modulation, *parts[:3]), Gating(modulation, *parts[3:])
+        attn, layers = self.attn, (self.attn.to_qkv, self.attn.to_out)
+        if (
+            kv_cache is None
+            and attn.is_plain_eager(hidden_states, rotary, plan)
+            and can_run(hidden_states, layers, hidden_states.shape[-1], attn.head_dim)
+        ):
+            tables, bias = self.norm1.tables(hidden_states, first), plan.bias(hidden_states.dtype)
+            hidden_states = gated_attention(
+                hidden_states, tables, layers, self.norm1.eps, rotary, bias
+            )
+        else:
+            attended = attn(self.norm1(hidden_states, first), rotary, plan, kv_cache)
+            hidden_states = add_gated(hidden_states, attended, first)
+        return self._transform(hidden_states, second)
+
+    def _transform(self, hidden_states: Tensor, gating: Gating | None) -> Tensor:
+        """The second half of the block."""
+        layers = self.mlp.gate_up_proj, self.mlp.down_proj
+        if can_run(hidden_states, layers, *self.mlp.down_proj.weight.shape):
+            tables = self.norm2.tables(hidden_states, gating)
+            return gated_mlp(hidden_states, tables, layers, self.norm2.eps)
+        return add_gated(hidden_states, self.mlp(self.norm2(hidden_states, gating)), gating)
 
 
 class Head(nn.Module):

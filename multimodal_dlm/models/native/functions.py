@@ -1,0 +1,282 @@
+"""The two halves of a transformer block as autograd functions over the native kernels.
+
+Activations are read and written once for each half: the norm is applied while a product's left
+matrix is laid out, SwiGLU, rotary, gate and residual while its result leaves the tiles, and the
+scores of a row never leave the cache. Products are bf16 with float32 sums; everything between two
+products is float32. Weight gradients are summed over all tokens in float32, each part by one thread
+in a fixed order, and table gradients thread by thread: the same inputs and thread count give the
+same bits.
+"""
+
+import math
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+from torch.autograd import Function
+from torch.autograd.function import once_differentiable
+from torch.library import custom_op
+from torch.utils.flop_counter import register_flop_formula
+
+from multimodal_dlm.models.fused import is_bare_linear, use_fused
+from multimodal_dlm.models.native import MAX_THREADS, Kernels, kernels
+from multimodal_dlm.models.positions import Rotary
+
+EDGE = 32
+
+
+class Tables(NamedTuple):
+    """What a half block does to a token beside its layers, by the token's level; float32.
+
+    Args:
+        factor: Multiplied into the normalised token.
+        shift: Added to it.
+        gate: Multiplied into the half's output before it is added.
+        rows: Row of the tables for each token, int32.
+    """
+
+    factor: Float[Tensor, "levels width"]
+    shift: Float[Tensor, "levels width"]
+    gate: Float[Tensor, "levels width"]
+    rows: Int[Tensor, " tokens"]
+
+
+def _library() -> Kernels:
+    library = kernels()
+    assert library is not None
+    return library
+
+
+def _threads() -> int:
+    return min(torch.get_num_threads(), MAX_THREADS)
+
+
+def _strips(size: int) -> int:
+    return -(-size // EDGE) * EDGE
+
+
+def pack(weight: Float[Tensor, "out inner"]) -> tuple[Tensor, Tensor]:
+    """The weight in bf16, laid out for x W^T and for x W."""
+    weight = weight.detach().contiguous()
+    forward = torch.empty(weight.shape, dtype=torch.bfloat16)
+    backward = torch.empty_like(forward)
+    name = "pack_float" if weight.dtype == torch.float32 else "pack_bf16"
+    _library()(name, weight, forward, backward, *weight.shape, _threads())
+    return forward, backward
+
+
+@custom_op("multimodal_dlm::mlp_forward", mutates_args=(), device_types="cpu")
+def mlp_forward(
+    x: Tensor, factor: Tensor, shift: Tensor, gate: Tensor, rows: Tensor,
+    w_in: Tensor, w_out: Tensor, eps: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """x + gate x down(swiglu(gate_up(norm(x)))) of (tokens, width), and what backward needs."""
+    tokens, width = x.shape
+    inner = w_out.shape[1]
+    out, update = torch.empty_like(x), torch.empty_like(x)
+    scales = torch.empty(tokens, dtype=torch.float32)
+    saved = x.new_empty(_strips(tokens), 2 * inner)
+    _library().with_workspace(
+        "mlp_forward", x, factor, shift, gate, rows, w_in, w_out, out, scales, saved, update,
+        tokens, width, inner, eps, _threads(),
+    )  # fmt: skip
+    return out, scales, saved, update
+
+
+@custom_op("multimodal_dlm::mlp_backward", mutates_args=(), device_types="cpu")
+def mlp_backward(
+    grad: Tensor, x: Tensor, factor: Tensor, shift: Tensor, gate: Tensor, rows: Tensor,
+    w_in: Tensor, w_out: Tensor, scales: Tensor, saved: Tensor, update: Tensor,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """Gradients of x, of the three tables, and of the two weights."""
+    (tokens, width), inner = x.shape, w_out.shape[1]
+    dx = torch.empty_like(x)
+    tables = factor.new_empty(3, *factor.shape)
+    d_in, d_out = tables.new_empty(w_in.shape), tables.new_empty(w_out.shape)
+    _library().with_workspace(
+        "mlp_backward", grad, x, factor, shift, gate, rows, w_in, w_out, scales, saved, update,
+        dx, tables, d_in, d_out, tokens, len(factor), width, inner, _threads(),
+    )  # fmt: skip
+    return dx, tables, d_in, d_out
+
+
+@custom_op("multimodal_dlm::attention_forward", mutates_args=(), device_types="cpu")
+def attention_forward(
+    x: Tensor, factor: Tensor, shift: Tensor, gate: Tensor, rows: Tensor,
+    w_in: Tensor, w_out: Tensor, cos: Tensor, sin: Tensor, bias: Tensor | None, eps: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """x + gate x to_out(attention(to_qkv(norm(x)))) of (batch, length, width), and the rest."""
+    batch, length, width = x.shape
+    dim, inner = cos.shape[-1], w_out.shape[1]
+    padded = _strips(length)
+    out, update = torch.empty_like(x), torch.empty_like(x)
+    scales = torch.empty(batch * length, dtype=torch.float32)
+    saved, attended = x.new_empty(batch, padded, 3 * inner), x.new_empty(batch, padded, inner)
+    logsumexp = scales.new_empty(batch, inner // dim, padded)
+    _library().with_workspace(
+        "attention_forward", x, factor, shift, gate, rows, w_in, w_out, cos, sin, bias, out, scales,
+        saved, attended, logsumexp, update, batch, length, width, inner // dim, dim, eps,
+        _threads(),
+    )  # fmt: skip
+    return out, scales, saved, attended, logsumexp, update
+
+
+@custom_op("multimodal_dlm::attention_backward", mutates_args=(), device_types="cpu")
+def attention_backward(
+    grad: Tensor, x: Tensor, factor: Tensor, shift: Tensor, gate: Tensor, rows: Tensor,
+    w_in: Tensor, w_out: Tensor, cos: Tensor, sin: Tensor, bias: Tensor | None, scales: Tensor,
+    saved: Tensor, attended: Tensor, logsumexp: Tensor, update: Tensor,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """Gradients of x, of the three tables, and of the two weights."""
+    batch, length, width = x.shape
+    dim, inner = cos.shape[-1], w_out.shape[1]
+    dx = torch.empty_like(x)
+    tables = factor.new_empty(3, *factor.shape)
+    d_in, d_out = tables.new_empty(w_in.shape), tables.new_empty(w_out.shape)
+    _library().with_workspace(
+        "attention_backward", grad, x, factor, shift, gate, rows, w_in, w_out, cos, sin, bias,
+        scales, saved, attended, logsumexp, update, dx, tables, d_in, d_out, batch, length,
+        len(factor), width, inner // dim, dim, _threads(),
+    )  # fmt: skip
+    return dx, tables, d_in, d_out
+
+
+def _linear_flops(x: Sequence[int], *weights: Sequence[int]) -> int:
+    """Of x W^T for each weight; x is (..., width)."""
+    return 2 * math.prod(x[:-1]) * sum(math.prod(weight) for weight in weights)
+
+
+@register_flop_formula(torch.ops.multimodal_dlm.mlp_forward)
+def _mlp_flops(x: Any, *shapes: Any, **_: Any) -> int:
+    return _linear_flops(x, shapes[4], shapes[5])
+
+
+@register_flop_formula(torch.ops.multimodal_dlm.mlp_backward)
+def _mlp_backward_flops(grad: Any, x: Any, *shapes: Any, **_: Any) -> int:
+    return 2 * _linear_flops(x, shapes[4], shapes[5])
+
+
+@register_flop_formula(torch.ops.multimodal_dlm.attention_forward)
+def _attention_flops(x: Any, *shapes: Any, **_: Any) -> int:
+    """Scores and their product with the values."""
+    attention = 2 * 2 * x[0] * x[1] * x[1] * shapes[5][1]
+    return _linear_flops(x, shapes[4], shapes[5]) + attention
+
+
+@register_flop_formula(torch.ops.multimodal_dlm.attention_backward)
+def _attention_backward_flops(grad: Any, x: Any, *shapes: Any, **_: Any) -> int:
+    """Five products of the size of the scores: themselves once more, dP, dV, dQ and dK."""
+    attention = 5 * 2 * x[0] * x[1] * x[1] * shapes[5][1]
+    return 2 * _linear_flops(x, shapes[4], shapes[5]) + attention
+
+
+class GatedMLP(Function):
+    """x + gate[row] x down(swiglu(gate_up(norm(x) factor[row] + shift[row])))."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden_states: Float[Tensor, "tokens width"],
+        factor: Float[Tensor, "levels width"],
+        shift: Float[Tensor, "levels width"],
+        gate: Float[Tensor, "levels width"],
+        rows: Int[Tensor, " tokens"],
+        gate_up: Float[Tensor, "two_inner width"],
+        down: Float[Tensor, "width inner"],
+        eps: float,
+    ) -> Float[Tensor, "tokens width"]:
+        """Weights in float32 or bf16; tables in float32."""
+        (w_in, back_in), (w_out, back_out) = pack(gate_up), pack(down)
+        inputs = hidden_states, factor, shift, gate, rows
+        out, *saved = mlp_forward(*inputs, w_in, w_out, eps)
+        ctx.save_for_backward(*inputs, back_in, back_out, *saved)
+        ctx.dtypes = gate_up.dtype, down.dtype
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        """Of the states, the tables and the weights."""
+        dx, tables, d_in, d_out = mlp_backward(grad.contiguous(), *ctx.saved_tensors)
+        weights = d_in.to(ctx.dtypes[0]), d_out.to(ctx.dtypes[1])
+        return dx, *tables.unbind(), None, *weights, None
+
+
+class GatedAttention(Function):
+    """x + gate[row] x to_out(attention(to_qkv(norm(x) factor[row] + shift[row])))."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden_states: Float[Tensor, "batch length width"],
+        factor: Float[Tensor, "levels width"],
+        shift: Float[Tensor, "levels width"],
+        gate: Float[Tensor, "levels width"],
+        rows: Int[Tensor, " tokens"],
+        to_qkv: Float[Tensor, "three_inner width"],
+        to_out: Float[Tensor, "width inner"],
+        cos: Float[Tensor, "batch length dim"],
+        sin: Float[Tensor, "batch length dim"],
+        bias: Float[Tensor, "batch 1 length length"] | None,
+        eps: float,
+    ) -> Float[Tensor, "batch length width"]:
+        """Weights in float32 or bf16; tables in float32; the rest in bf16."""
+        (w_in, back_in), (w_out, back_out) = pack(to_qkv), pack(to_out)
+        inputs = hidden_states, factor, shift, gate, rows
+        out, *saved = attention_forward(*inputs, w_in, w_out, cos, sin, bias, eps)
+        ctx.save_for_backward(*inputs, back_in, back_out, cos, sin, bias, *saved)
+        ctx.dtypes = to_qkv.dtype, to_out.dtype
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        """Of the states, the tables and the weights."""
+        dx, tables, d_in, d_out = attention_backward(grad.contiguous(), *ctx.saved_tensors)
+        weights = d_in.to(ctx.dtypes[0]), d_out.to(ctx.dtypes[1])
+        return dx, *tables.unbind(), None, *weights, None, None, None, None
+
+
+def can_run(hidden_states: Tensor, layers: tuple[nn.Module, ...], *sizes: int) -> bool:
+    """True where a half of a block may run natively.
+
+    Args:
+        hidden_states: Its input; in bf16 on the CPU, with gradients.
+        layers: Its linear layers, which must be only their weights.
+        sizes: Widths that must be whole blocks.
+    """
+    return (
+        use_fused(hidden_states)
+        and all(size % EDGE == 0 for size in sizes)
+        and all(is_bare_linear(layer) for layer in layers)
+        and kernels() is not None
+    )
+
+
+def gated_mlp(
+    hidden_states: Float[Tensor, "batch length width"],
+    tables: Tables,
+    layers: tuple[nn.Module, nn.Module],
+    eps: float,
+) -> Float[Tensor, "batch length width"]:
+    """The second half of a block; `layers` are gate_up and down."""
+    weights = [layer.weight for layer in layers]
+    flat = hidden_states.contiguous().flatten(0, 1)
+    return GatedMLP.apply(flat, *tables, *weights, eps).view_as(hidden_states)
+
+
+def gated_attention(
+    hidden_states: Float[Tensor, "batch length width"],
+    tables: Tables,
+    layers: tuple[nn.Module, nn.Module],
+    eps: float,
+    rotary: Rotary,
+    bias: Float[Tensor, "batch 1 length length"] | None,
+) -> Float[Tensor, "batch length width"]:
+    """The first half of a block; `layers` are to_qkv and to_out."""
+    weights = [layer.weight for layer in layers]
+    return GatedAttention.apply(
+        hidden_states.contiguous(), *tables, *weights, rotary.cos, rotary.sin, bias, eps
+    )
