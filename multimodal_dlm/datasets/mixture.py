@@ -111,6 +111,7 @@ class MixtureReader(IterableDataset[list[TrainingExample]]):
         self.batch_size, self.rank, self.world_size = batch_size, rank, world_size
         self.fingerprint = manifest.fingerprint
         self.next_batch = 0
+        self._is_own_turn = False  # `next_batch` is this worker's, not that of all workers.
         self.readers = {name: open_reader(source, split) for name, source in self.sources.items()}
         self._asking = {
             name: QuestionWeights(
@@ -138,16 +139,21 @@ class MixtureReader(IterableDataset[list[TrainingExample]]):
         self.batches_per_epoch = math.ceil(self.slots_per_epoch / batch_size)
 
     def __iter__(self) -> Iterator[list[TrainingExample]]:
-        worker = get_worker_info()
-        number, of = (worker.id, worker.num_workers) if worker is not None else (0, 1)
-        first = self.next_batch
+        _, stride = self._worker()
+        self.next_batch, self._is_own_turn = self._turn(), stride > 1
         while True:
-            if (self.next_batch - first) % of == number:
-                batch = self.batch(self.next_batch)
-                self.next_batch += 1
-                yield batch
-            else:
-                self.next_batch += 1
+            batch = self.batch(self.next_batch)
+            self.next_batch += stride
+            yield batch
+
+    def _worker(self) -> tuple[int, int]:
+        """Number of this loader worker and of all of them."""
+        worker = get_worker_info()
+        return (worker.id, worker.num_workers) if worker is not None else (0, 1)
+
+    def _turn(self) -> int:
+        """The batch that this worker yields next: workers take whole batches in turn."""
+        return self.next_batch if self._is_own_turn else self.next_batch + self._worker()[0]
 
     def batch(self, number: int) -> list[TrainingExample]:
         """This rank's rows of global batch `number`, counted through all epochs.
@@ -191,8 +197,14 @@ class MixtureReader(IterableDataset[list[TrainingExample]]):
         )
 
     def state_dict(self) -> dict[str, Any]:
-        """The position as a small JSON record."""
-        return self.state_at(self.next_batch)
+        """The position as a small JSON record; in a loader worker, that of the worker.
+
+        A `StatefulDataLoader` keeps one of each worker. `global_state` makes one of them all, which
+        continues on any number of workers.
+        """
+        state = self.state_at(self._turn())
+        stride = self._worker()[1]
+        return {**state, "num_workers": stride} if stride > 1 else state
 
     def state_at(self, next_batch: int) -> dict[str, Any]:
         """The position before batch `next_batch`: for trainers that count batches themselves."""
@@ -219,7 +231,44 @@ class MixtureReader(IterableDataset[list[TrainingExample]]):
                     f" got {own[name]!r} and {state.get(name)!r}. Resume with the same settings or"
                     " start a new run."
                 )
+        theirs, ours = state.get("num_workers", 1), self._worker()[1]
+        if theirs not in (1, ours):
+            raise DataError(
+                f"A worker's state must be continued by one of {theirs} workers; got {ours}. Use"
+                " `global_state` of the loader's state: it continues on any number."
+            )
         self.next_batch = int(state["next_batch"])
+        self._is_own_turn = theirs > 1
+
+
+def global_state(loader_state: Mapping[str, Any]) -> dict[str, Any]:
+    """One record for `MixtureReader.load_state_dict` from the state of a `StatefulDataLoader`.
+
+    What workers had prepared but the loop had not taken is not counted: it comes again.
+
+    Args:
+        loader_state: As its `state_dict` gave it, of any number of workers.
+
+    Raises:
+        DataError: When it is not the state of a loader over a `MixtureReader`.
+    """
+    try:
+        if "_snapshot" in loader_state:
+            if loader_state["_steps_since_snapshot"]:
+                raise ValueError("`snapshot_every_n_steps` above 1")
+            workers = loader_state["_snapshot"]["_worker_snapshots"].values()
+            states = [worker["fetcher_state"]["dataset_iter_state"] or worker["dataset_state"]
+                      for worker in workers]  # fmt: skip
+        else:
+            states = [loader_state["dataset_state"]]
+        first = min(states, key=lambda state: int(state["next_batch"]))
+    except (KeyError, TypeError, ValueError) as error:
+        raise DataError(
+            "The loader's state must be that of a StatefulDataLoader over a MixtureReader, taken at"
+            f" every step; got {type(error).__name__}: {error}. Count batches and use"
+            " `MixtureReader.state_at` instead."
+        ) from error
+    return {name: value for name, value in first.items() if name != "num_workers"}
 
 
 def task_texts(
