@@ -99,8 +99,11 @@ def measure_suite(
         batch_size=batch_size,
         progress=say,
     )
-    seconds = sum(report["times"].values())
+    seconds = sum(report["times"][entry.name] for entry in suite.entries)
     lines = [f"{pipeline}, suite {suite.name}, data {data.name}"]
     lines += metric_lines(report["metrics"])
+    own = {entry.name for entry in suite.entries}
+    single = {name: value for name, value in report["times"].items() if name not in own}
+    lines += [f"  {name}: {value:.4f} s" for name, value in single.items()]
     lines.append(f"{seconds:.0f} s; {Path(output) / HTML_FILE}")
     return Report(report, "\n".join(lines))

@@ -84,6 +84,7 @@ def run_suite(
             progress(f"{label}: measured already")
         parts[entry.name] = part
         times[entry.name] = part["seconds"]
+        times |= {f"{entry.name}.{name}": value for name, value in part.get("times", {}).items()}
     report = {
         "format": FORMAT,
         "metrics": {

@@ -88,6 +88,12 @@ def _section(name: str, part: Mapping[str, Any], report: Mapping[str, Any], fold
         f'<p class="quiet">{escape(options)}; {part["seconds"]} s</p>',
         _metrics(part["metrics"]),
     ]
+    if part.get("times"):
+        rows = "".join(
+            f'<tr><td>{escape(each)}</td><td class="number">{format_value(seconds)}</td></tr>'
+            for each, seconds in part["times"].items()
+        )
+        found.append(f"<h3>times in seconds, of this machine</h3><table>{rows}</table>")
     for title, curve in part["curves"].items():
         found.append(f"<h3>{escape(title)}</h3>{line_plot(curve)}")
     for title, table in part["tables"].items():

@@ -108,12 +108,14 @@ class Measurement:
         sheets: Title -> picture.
         tables: Title -> counts.
         curves: Title -> line.
+        times: Name -> seconds. They go to the report's `times`: two runs need not agree on them.
     """
 
     metrics: Mapping[str, Metric]
     sheets: Mapping[str, Image.Image] = field(default_factory=dict)
     tables: Mapping[str, Table] = field(default_factory=dict)
     curves: Mapping[str, Curve] = field(default_factory=dict)
+    times: Mapping[str, float] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
         """Everything but the sheets, as JSON values."""
@@ -121,6 +123,7 @@ class Measurement:
             "metrics": {name: metric.to_dict() for name, metric in self.metrics.items()},
             "tables": {title: asdict(table) for title, table in self.tables.items()},
             "curves": {title: asdict(curve) for title, curve in self.curves.items()},
+            "times": {name: _rounded(seconds) for name, seconds in self.times.items()},
         }
 
 

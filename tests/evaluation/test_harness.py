@@ -145,7 +145,7 @@ def test_a_suite_that_makes_no_sense_is_refused_before_anything_is_measured(mani
 def test_a_limit_cuts_what_a_suite_asks_for():
     suite = open_suite("default").at_most(120)
     limits = {entry.name: entry.options["limit"] for entry in suite.entries}
-    assert set(limits.values()) == {64, 100, 120}
+    assert set(limits.values()) == {16, 64, 100, 120}
     assert open_suite("default").at_most(None) == open_suite("default")
 
 

@@ -6,6 +6,8 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float
 
+from multimodal_dlm.datasets.manifest import Source
+from multimodal_dlm.datasets.schema import Record
 from multimodal_dlm.errors import DataError
 from multimodal_dlm.evaluation.bootstrap import LEVEL, bootstrap_weights, percentiles
 from multimodal_dlm.evaluation.encoding import encode_images
@@ -31,10 +33,11 @@ def measure_likelihood(
 ) -> Measurement:
     """Nats a row of text given picture, picture given text and both; AUC of matched pairs.
 
-    Texts are scored given their length. Each picture is paired with its own first caption and with
-    that of another picture of another name. A pair's score is NELBO(text) - NELBO(text | picture),
-    an estimate of what the picture says about the text; `auc` is the probability that a matched
-    pair scores above a mismatched one, 0.5 by chance.
+    Texts are scored given their length, and are the captions the model was trained to write: of a
+    record's captions the one with the largest weight for captioning. Each picture is paired with
+    its own caption and with that of another picture of another name. A pair's score is NELBO(text)
+    - NELBO(text | picture), an estimate of what the picture says about the text; `auc` is the
+    probability that a matched pair scores above a mismatched one, 0.5 by chance.
 
     Args:
         pipeline: Any pipeline of this package.
@@ -48,7 +51,7 @@ def measure_likelihood(
     names = [name_of_sample(sample) for sample in samples]
     others = mismatched(names, data.seed)
     codes = encode_images(pipeline, [sample.image for sample in samples], data.batch_size)
-    texts = [sample.record.captions[0] for sample in samples]
+    texts = [trained_caption(data.source, sample.record) for sample in samples]
     options: dict[str, Any] = {"num_draws": num_draws, "batch_size": data.batch_size}
 
     def score(task: str, **given: Any) -> list[float]:
@@ -78,6 +81,13 @@ def measure_likelihood(
             "joint_nats": mean_metric(joint, seed=data.seed),
         }
     )
+
+
+def trained_caption(source: Source, record: Record) -> str:
+    """The caption of a record with the largest weight for captioning, the first among equals."""
+    weights = source.caption_weights.get("caption", ())
+    pairs = list(zip(weights, record.captions, strict=False))
+    return max(pairs, key=lambda pair: pair[0])[1] if pairs else record.captions[0]
 
 
 def area_metric(

@@ -10,7 +10,8 @@ from PIL import Image
 from torch import Tensor
 
 from multimodal_dlm.datasets.sampling import KeyedDraws
-from multimodal_dlm.datasets.schema import Record
+from multimodal_dlm.datasets.schema import Record, Sample
+from multimodal_dlm.evaluation.alignment import alignment_metrics
 from multimodal_dlm.evaluation.baselines import pixel_features
 from multimodal_dlm.evaluation.held_out import HeldOut
 from multimodal_dlm.evaluation.measurement import (
@@ -29,6 +30,7 @@ from multimodal_dlm.evaluation.picture_features import (
 )
 from multimodal_dlm.evaluation.probes import LinearProbe
 from multimodal_dlm.evaluation.sheets import contact_sheet
+from multimodal_dlm.evaluation.text_metrics import name_of_sample
 from multimodal_dlm.pipelines import UnifiedTextToImagePipeline
 
 NUM_SHOWN = 24
@@ -42,6 +44,7 @@ def measure_text_to_image(
     caption: int = 1,
     attributes: Sequence[str] = ("style", "group"),
     num_train: int | None = None,
+    scorer: str | None = None,
 ) -> Measurement:
     """Draw held-out captions and compare with the real pictures, in EfficientNet-Lite0 features.
 
@@ -52,7 +55,9 @@ def measure_text_to_image(
     1.96 jackknife errors. `copy_distance`: cosine distance to the nearest training picture, and
     `copy_distance_pixels` root mean square difference of pictures reduced to 16 x 16; `real` is
     that of the real pictures: far below it would be copies. Baseline `nearest_neighbour` shows, for
-    each caption, the training picture whose caption shares most words with it.
+    each caption, the training picture whose caption shares most words with it. With a `scorer`
+    also `name_at_1`, `name_at_5` and `alignment_auc`, see `alignment_metrics`: names of the
+    training split are the candidates, `real` pictures the ceiling.
 
     Args:
         pipeline: Draws the pictures with its default settings.
@@ -60,10 +65,14 @@ def measure_text_to_image(
         caption: Which of a record's captions is drawn; the last where there are fewer.
         attributes: Entries of the records' meta.
         num_train: Training pictures that probes and distances look at; None for all.
+        scorer: Folder of an image-text scorer that was fitted to none of the pictures of the split,
+            such as `scorers/emoji`; None for no such metrics.
 
     Raises:
         DataError: When the split is empty.
-        ConfigError: When the weights of EfficientNet-Lite0 are not installed.
+        ConfigError: When the weights of EfficientNet-Lite0, or of MiniLM for a scorer, are not
+            installed.
+        CheckpointError: When there is no such scorer.
     """
     samples = data.samples()
     prompts = [_caption(sample.record, caption) for sample in samples]
@@ -71,7 +80,8 @@ def measure_text_to_image(
     reader = data.reader("train")
     order = KeyedDraws(data.seed, "text_to_image/train").permutation(len(reader))[:num_train]
     train = [reader[int(index)] for index in order]
-    captions = [_caption(reader.record(index), caption) for index in range(len(reader))]
+    records = [reader.record(index) for index in range(len(reader))]
+    captions = [_caption(record, caption) for record in records]
     copies = [reader[index].image for index in nearest_by_words(prompts, captions)]
     features = PictureFeatures(batch_size=data.batch_size)
     pictures = {
@@ -82,6 +92,12 @@ def measure_text_to_image(
     }
     vectors = {name: features(some) for name, some in pictures.items()}
     metrics = _alignment(vectors, data.seed)
+    if scorer is not None:
+        judged = {"model": vectors["model"], "real": vectors["real"]}
+        judged["nearest_neighbour"] = vectors["copied"]
+        names = [name_of_sample(sample) for sample in samples]
+        known = {name_of_sample(Sample(record)) for record in records}
+        metrics |= alignment_metrics(judged, names, sorted(known), scorer, seed=data.seed)
     for name in attributes:
         labels, truths = (
             [str(sample.record.meta.get(name)) for sample in rows] for rows in (train, samples)
@@ -101,11 +117,18 @@ def measure_text_to_image(
     return Measurement(metrics, {"drawn": contact_sheet(images, prompts[:NUM_SHOWN], columns=6)})
 
 
-def draw_pictures(pipeline: Any, prompts: Sequence[str], data: HeldOut) -> list[np.ndarray]:
+def to_images(pictures: Sequence[np.ndarray]) -> list[Image.Image]:
+    """Arrays of uint8 (height, width, 3) as PIL pictures."""
+    return [Image.fromarray(picture) for picture in pictures]
+
+
+def draw_pictures(
+    pipeline: Any, prompts: Sequence[str], data: HeldOut, **options: Any
+) -> list[np.ndarray]:
     """One picture a prompt, the same in any batch size, uint8 (height, width, 3)."""
     drawn: list[np.ndarray] = []
     for rows in data.batches(len(prompts)):
-        images = pipeline(list(prompts[rows]), generator=data.generators(rows)).images
+        images = pipeline(list(prompts[rows]), generator=data.generators(rows), **options).images
         drawn += [np.asarray(image) for image in images]
     return drawn
 
