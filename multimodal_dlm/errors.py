@@ -39,7 +39,16 @@ class BackendError(MultimodalDLMError, ValueError):
 
 
 class DataError(MultimodalDLMError, ValueError):
-    """A shard, a sample or a manifest is unusable; the message names shard and key."""
+    """A shard, a sample or a manifest is unusable; the message names shard and key.
+
+    Args:
+        message: Place, rule, value and remedy.
+        reason: One word for counts, such as `picture` or `record`.
+    """
+
+    def __init__(self, message: str = "", *, reason: str = "data") -> None:
+        super().__init__(message)
+        self.reason = reason
 
 
 class CheckpointError(MultimodalDLMError):

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from multimodal_dlm.commands.reporting import say
-from multimodal_dlm.errors import CheckpointError, ConfigError, DataError, unknown_name
+from multimodal_dlm.errors import CheckpointError, ConfigError, unknown_name
 
 if TYPE_CHECKING:
     import torch
@@ -114,16 +114,9 @@ def read_picture(path: str) -> "Image.Image":
     Raises:
         DataError: When it does not exist or is no picture.
     """
-    from PIL import Image
+    from multimodal_dlm.datasets.decoding import read_upright
 
-    if not Path(path).is_file():
-        raise DataError(f"`image` must be a picture file; there is no file `{path}`.")
-    try:
-        with Image.open(path) as image:
-            image.load()
-            return image.copy()
-    except (OSError, Image.DecompressionBombError) as error:
-        raise DataError(f"`{path}` is not a readable picture: {error}. Give a PNG.") from error
+    return read_upright(path)
 
 
 def given(**options: Any) -> dict[str, Any]:

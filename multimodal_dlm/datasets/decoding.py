@@ -5,6 +5,7 @@ import struct
 import warnings
 import zlib
 from collections.abc import Callable
+from pathlib import Path
 from typing import TypeVar
 
 import numpy as np
@@ -32,10 +33,11 @@ _DAMAGED = (
 IMAGE_FORMATS = ("PNG", "JPEG", "WEBP")
 MAX_IMAGE_BYTES = 32 * 2**20
 MAX_IMAGE_PIXELS = 4096 * 4096
+IMAGE_MODES = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBX")
 
 
 def decode_image(data: bytes, where: str) -> np.ndarray:
-    """Decode a PNG, JPEG or WebP picture.
+    """Decode a PNG, JPEG or WebP picture of 8 bits a channel; transparency is laid over white.
 
     Args:
         data: Encoded picture.
@@ -45,9 +47,10 @@ def decode_image(data: bytes, where: str) -> np.ndarray:
         uint8 array (height, width, 3).
 
     Raises:
-        DataError: When the bytes or the pixels are too many, or the format is another one.
+        DataError: When the bytes or the pixels are too many, the format is another one, the picture
+            moves, or its pixels are no grey, palette or RGB values of 8 bits.
     """
-    return _decode(data, where, lambda image: np.asarray(image.convert("RGB")))
+    return _decode(data, where, _plain)
 
 
 def decode_upright(data: bytes, where: str) -> Image.Image:
@@ -59,30 +62,63 @@ def decode_upright(data: bytes, where: str) -> Image.Image:
     return _decode(data, where, ImageOps.exif_transpose)
 
 
+def read_upright(path: str | Path) -> Image.Image:
+    """Read a picture file that a user names, as `decode_upright` does.
+
+    Raises:
+        DataError: When there is no such file, or as `decode_image`.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise DataError(f"`image` must be a picture file; there is no file `{path}`.")
+    with path.open("rb") as file:
+        return decode_upright(file.read(MAX_IMAGE_BYTES + 1), f"`{path}`")
+
+
+def _plain(image: Image.Image) -> np.ndarray:
+    if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    return np.asarray(image.convert("RGB"))
+
+
 def _decode(data: bytes, where: str, read: Callable[[Image.Image], T]) -> T:
     if len(data) > MAX_IMAGE_BYTES:
-        raise DataError(
-            f"{where}: a picture must have at most {MAX_IMAGE_BYTES} bytes; got {len(data)}."
-            " Scale it down first."
-        )
+        raise _refused(where, f"at most {MAX_IMAGE_BYTES} bytes; got {len(data)}. Scale it down")
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            warnings.simplefilter("error")
             with Image.open(io.BytesIO(data), formats=IMAGE_FORMATS) as image:
-                width, height = image.size
-                if width * height > MAX_IMAGE_PIXELS:
-                    raise DataError(
-                        f"{where}: a picture must have at most {MAX_IMAGE_PIXELS} pixels; got"
-                        f" {width} x {height}. Scale it down first."
-                    )
+                _check_header(image, where)
                 return read(image)
     except DataError:
         raise
-    except _DAMAGED as error:
+    except _DAMAGED as error:  # What a decoder says may hold addresses: only its kind is told.
         raise DataError(
-            f"{where}: a picture must be PNG, JPEG or WebP; got {type(error).__name__}: {error}."
-            " Save it again, or leave it out."
-        ) from error
+            f"{where}: a picture must be PNG, JPEG or WebP and undamaged; got"
+            f" {type(error).__name__}. Save it again, or leave it out.",
+            reason="picture",
+        ) from None
+
+
+def _check_header(image: Image.Image, where: str) -> None:
+    """Refuse by what the header says, before a pixel is decoded."""
+    width, height = image.size
+    if width * height > MAX_IMAGE_PIXELS:
+        raise _refused(
+            where, f"at most {MAX_IMAGE_PIXELS} pixels; got {width} x {height}. Scale it down"
+        )
+    if getattr(image, "n_frames", 1) != 1:
+        raise _refused(where, f"one frame; got {image.n_frames}. Save one of them")  # type: ignore[attr-defined]
+    if image.mode not in IMAGE_MODES:
+        raise _refused(
+            where,
+            f"grey, palette or RGB values, 8 bits a channel; got mode {image.mode}. Convert it",
+        )
+
+
+def _refused(where: str, rule: str) -> DataError:
+    return DataError(f"{where}: a picture must have {rule} first.", reason="picture")
 
 
 def encode_png(pixels: np.ndarray) -> bytes:

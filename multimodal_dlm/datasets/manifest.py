@@ -19,6 +19,7 @@ from typing import Any
 import yaml
 
 from multimodal_dlm.datasets.row_groups import TEXT_KINDS, Codebooks
+from multimodal_dlm.datasets.storage import AnyPath, as_path
 from multimodal_dlm.datasets.writing import ShardInfo
 from multimodal_dlm.errors import DataError, unknown_name
 
@@ -76,7 +77,7 @@ class ShardFile:
             (answers included).
     """
 
-    path: Path
+    path: AnyPath
     count: int
     num_bytes: int
     sha256: str
@@ -175,19 +176,19 @@ class Manifest:
         return hashlib.sha256(text.encode()).hexdigest()
 
 
-def open_manifest(path: str | Path, data_root: str | Path | None = None) -> Manifest:
+def open_manifest(path: str | AnyPath, data_root: str | AnyPath | None = None) -> Manifest:
     """Open a dataset manifest or a mixture manifest.
 
     Args:
-        path: YAML file.
-        data_root: Folder that holds the datasets' folders; None for the folder each dataset
-            manifest lies in.
+        path: YAML file, or its address (`http://...`, `s3://...`).
+        data_root: Folder or address that holds the datasets' folders; None for the folder each
+            dataset manifest lies in.
 
     Raises:
         DataError: When a file or an entry is missing or wrong.
     """
-    path = Path(path)
-    root = Path(data_root) if data_root is not None else None
+    path = as_path(path)
+    root = as_path(data_root) if data_root is not None else None
     content = _read_yaml(path)
     if "mixture" not in content:
         source = _open_dataset(path, root, {})
@@ -242,7 +243,7 @@ def _shard_row(shard: ShardInfo | ShardFile) -> dict[str, Any]:
     return {"name": shard.path.name, **row}
 
 
-def _open_dataset(path: Path, root: Path | None, changes: Mapping[str, Any]) -> Source:
+def _open_dataset(path: AnyPath, root: AnyPath | None, changes: Mapping[str, Any]) -> Source:
     content = _read_yaml(path)
     known_entries = (*DATASET_ENTRIES, *_OPTIONAL_ENTRIES)
     _check_entries(content, known_entries, str(path), required=DATASET_ENTRIES)
@@ -283,7 +284,9 @@ def _open_dataset(path: Path, root: Path | None, changes: Mapping[str, Any]) -> 
     )
 
 
-def _open_shard(path: Path, folder: Path, row: Mapping[str, Any], *, is_raw: bool) -> ShardFile:
+def _open_shard(
+    path: AnyPath, folder: AnyPath, row: Mapping[str, Any], *, is_raw: bool
+) -> ShardFile:
     entries = _SHARD_ENTRIES if is_raw else (*_SHARD_ENTRIES, "longest", "origin")
     _check_entries(row, entries, f"{path}: a shard")
     name = row["name"]
@@ -302,7 +305,7 @@ def _open_shard(path: Path, folder: Path, row: Mapping[str, Any], *, is_raw: boo
     return ShardFile(folder / name, int(row["count"]), num_bytes, sha256, origin, longest)
 
 
-def _check_share(path: Path, name: str, value: object, at_least: int = 0) -> int:
+def _check_share(path: AnyPath, name: str, value: object, at_least: int = 0) -> int:
     if not isinstance(value, int) or value < at_least:
         raise DataError(
             f"{path}: `{name}` must be an integer of at least {at_least}; got {value!r}. Scale the"
@@ -311,15 +314,15 @@ def _check_share(path: Path, name: str, value: object, at_least: int = 0) -> int
     return value
 
 
-def _read_yaml(path: Path) -> dict[str, Any]:
+def _read_yaml(path: AnyPath) -> dict[str, Any]:
     if not path.is_file():
         raise DataError(
             f"Manifest {path} does not exist. Build a dataset with `multimodal-dlm data build`, or"
             " use one of those in `datasets/`."
         )
     try:
-        content = yaml.safe_load(path.read_text())
-    except yaml.YAMLError as error:
+        content = yaml.safe_load(path.read_bytes().decode())
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise DataError(f"Manifest {path} must be YAML; got {error}.") from error
     if not isinstance(content, dict):
         raise DataError(f"Manifest {path} must be a mapping; got {type(content).__name__}.")

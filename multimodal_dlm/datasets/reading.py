@@ -1,36 +1,50 @@
 """Reading shards: any sample by its number, through the index; explicit decoders only."""
 
 import hashlib
-import os
+import zlib
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from itertools import accumulate, islice
 
-from multimodal_dlm.datasets.indexing import IndexEntry, build_index, index_path, read_index
+from multimodal_dlm.datasets.indexing import (
+    MAX_MEMBER_BYTES,
+    IndexEntry,
+    build_index,
+    index_path,
+    read_index,
+)
 from multimodal_dlm.datasets.manifest import Manifest, ShardFile, Source
-from multimodal_dlm.datasets.schema import Record, Sample
+from multimodal_dlm.datasets.schema import Record, Sample, shown
+from multimodal_dlm.datasets.storage import RangeReader, file_size, open_range
 from multimodal_dlm.errors import DataError
 
 MAX_RECORD_BYTES = 4 * 2**20
+OPEN_INDEXES = 64  # Held at once: the order reads in windows of 8 shards.
 
 
 class ShardReader:
     """The samples of some shards, numbered through.
 
-    Indexes and files are opened when first needed and read with `pread`, so a reader may be shared
-    with worker processes after a fork and pickled into spawned ones.
+    Indexes and files are opened when first needed and read by byte ranges, so a reader may be
+    shared with worker processes after a fork and pickled into spawned ones. Members are compared
+    with the checksums of the index where it has them.
 
     Args:
         shards: Shards in their order.
         source: Name of the source, noted in each sample.
+        is_lenient: Give the good samples of a damaged shard; else its first fault is an error for
+            all of them.
     """
 
-    def __init__(self, shards: Sequence[ShardFile], *, source: str = "") -> None:
+    def __init__(
+        self, shards: Sequence[ShardFile], *, source: str = "", is_lenient: bool = False
+    ) -> None:
         self.shards = tuple(shards)
         self.source = source
+        self.is_lenient = is_lenient
         self._ends = list(accumulate(shard.count for shard in self.shards))
         self._indexes: dict[int, tuple[IndexEntry, ...]] = {}
-        self._files: dict[int, int] = {}
+        self._ranges = RangeReader()
 
     def __len__(self) -> int:
         return self._ends[-1] if self._ends else 0
@@ -54,13 +68,6 @@ class ShardReader:
     def __iter__(self) -> Iterator[Sample]:
         return (self[index] for index in range(len(self)))
 
-    def __getstate__(self) -> dict[str, object]:
-        return {**self.__dict__, "_files": {}}
-
-    def __del__(self) -> None:
-        for file in getattr(self, "_files", {}).values():
-            os.close(file)
-
     def record(self, index: int) -> Record:
         """The record of sample `index`, its picture left alone."""
         shard, entry, where = self._locate(index)
@@ -73,12 +80,16 @@ class ShardReader:
             DataError: When the shard is missing or has other bytes.
         """
         shard = self.shards[number]
-        with existing(shard).path.open("rb") as file:
-            digest = hashlib.file_digest(file, "sha256").hexdigest()
+        hashing = hashlib.sha256()
+        with open_range(existing(shard).path) as file:
+            while block := file.read(2**20):
+                hashing.update(block)
+        digest = hashing.hexdigest()
         if digest != shard.sha256:
             raise DataError(
                 f"The SHA-256 of shard {shard.path} must be {shard.sha256}; got {digest}. Build or"
-                " fetch it again."
+                " fetch it again.",
+                reason="digest",
             )
 
     def check_shard(self, number: int) -> None:
@@ -90,11 +101,15 @@ class ShardReader:
         shard = self.shards[number]
         if not shard.count:
             return
-        self._locate(self._ends[number] - shard.count)
-        if self._indexes[number] != build_index(shard.path):
+        entries = self._entries(number)
+        scanned = build_index(shard.path)
+        if len(scanned) != shard.count:
+            raise _count(shard, len(scanned))
+        if entries != scanned:
             raise DataError(
                 f"Index {index_path(shard.path)} must say where the samples of its shard lie; it"
-                " does not. Delete it: it is rebuilt by scanning the shard."
+                " does not. Delete it: it is rebuilt by scanning the shard.",
+                reason="index",
             )
 
     def check(self, index: int) -> Sample:
@@ -108,7 +123,8 @@ class ShardReader:
         text = self._read(shard, entry, "txt", where)
         if text != sample.record.captions[0].encode():
             raise DataError(
-                f"{where}: `.txt` must be the first caption; got {text[:60]!r}. Rebuild it."
+                f"{where}: `.txt` must be the first caption; got {shown(text[:60])}. Rebuild it.",
+                reason="text",
             )
         if sample.image_bytes is not None:
             _ = sample.image  # Decodes it, or raises.
@@ -121,36 +137,73 @@ class ShardReader:
         number = bisect_right(self._ends, index)
         return number, index - (self._ends[number] - self.shards[number].count)
 
+    def _entries(self, number: int) -> tuple[IndexEntry, ...]:
+        """The index of a shard; the last few are kept."""
+        if number not in self._indexes:
+            shard = existing(self.shards[number])
+            entries = read_index(shard.path, is_lenient=self.is_lenient)
+            if len(entries) != shard.count and not self.is_lenient:
+                raise _count(shard, len(entries))
+            while len(self._indexes) >= OPEN_INDEXES:
+                del self._indexes[next(iter(self._indexes))]
+            self._indexes[number] = entries
+        return self._indexes[number]
+
     def _locate(self, index: int) -> tuple[int, IndexEntry, str]:
         number, place = self.locate(index)
-        shard = self.shards[number]
-        if number not in self._indexes:
-            entries = read_index(existing(shard).path)
-            if len(entries) != shard.count:
-                raise DataError(
-                    f"Shard {shard.path} must hold {shard.count} samples; got {len(entries)}."
-                    " Build or fetch it again."
-                )
-            self._indexes[number] = entries
-        entry = self._indexes[number][place]
-        return number, entry, f"Shard {shard.path.name}, key {entry.key}"
+        entries = self._entries(number)
+        if place >= len(entries):
+            raise _count(self.shards[number], len(entries))
+        entry = entries[place]
+        return number, entry, f"Shard {self.shards[number].path.name}, key {shown(entry.key)[1:-1]}"
 
     def _read_record(self, shard: int, entry: IndexEntry, where: str) -> Record:
-        if entry.members["json"][1] > MAX_RECORD_BYTES:
-            raise DataError(f"{where}: a record must have at most {MAX_RECORD_BYTES} bytes.")
+        if entry.members.get("json", (0, 0))[1] > MAX_RECORD_BYTES:
+            raise DataError(
+                f"{where}: a record must have at most {MAX_RECORD_BYTES} bytes. Shorten it.",
+                reason="record",
+            )
         record = Record.from_json(self._read(shard, entry, "json", where), where)
         if record.key != entry.key:
-            raise DataError(f"{where}: the record must have the key of its file; got {record.key}.")
+            raise DataError(
+                f"{where}: the record must have the key of its file; got {record.key}."
+                " Rebuild the shard.",
+                reason="key",
+            )
         return record
 
     def _read(self, shard: int, entry: IndexEntry, extension: str, where: str) -> bytes:
-        if shard not in self._files:
-            self._files[shard] = os.open(self.shards[shard].path, os.O_RDONLY)
+        if extension not in entry.members:
+            raise DataError(
+                f"{where}: a sample needs `.json` and `.txt`; got {', '.join(entry.members)}."
+                " Rebuild the shard.",
+                reason="missing_member",
+            )
         offset, size = entry.members[extension]
-        data = os.pread(self._files[shard], size, offset)
+        data = b""
+        if 0 <= offset and 0 <= size <= MAX_MEMBER_BYTES:
+            data = self._ranges.read(self.shards[shard].path, offset, size)
         if len(data) != size:
-            raise DataError(f"{where}: `.{extension}` is cut off. Build or fetch the shard again.")
+            raise DataError(
+                f"{where}: `.{extension}` is cut off. Build or fetch the shard again.",
+                reason="cut_off",
+            )
+        expected = entry.checksums.get(extension)
+        if expected is not None and zlib.crc32(data) != expected:
+            raise DataError(
+                f"{where}: `.{extension}` must have the checksum of the index; it was changed"
+                " afterwards. Build or fetch the shard again.",
+                reason="checksum",
+            )
         return data
+
+
+def _count(shard: ShardFile, found: int) -> DataError:
+    return DataError(
+        f"Shard {shard.path} must hold {shard.count} samples; got {found}. Build or fetch it"
+        " again.",
+        reason="count",
+    )
 
 
 def iterate_samples(manifest: Manifest | Source, split: str) -> Iterator[Sample]:
@@ -190,12 +243,14 @@ def existing(shard: ShardFile) -> ShardFile:
     if not shard.path.is_file():
         raise DataError(
             f"Shard {shard.path} does not exist. Build it with `multimodal-dlm data build`, or give"
-            " the folder that holds the datasets as `data_root`."
+            " the folder that holds the datasets as `data_root`.",
+            reason="missing_shard",
         )
-    num_bytes = shard.path.stat().st_size
+    num_bytes = file_size(shard.path)
     if num_bytes != shard.num_bytes:
         raise DataError(
             f"Shard {shard.path} must have {shard.num_bytes} bytes; got {num_bytes}. Build or fetch"
-            " it again."
+            " it again.",
+            reason="shard_size",
         )
     return shard

@@ -1,14 +1,13 @@
 """Reading pre-tokenized shards, and choosing the reader of a source by what its manifest says."""
 
-import os
 from collections.abc import Iterator
-from pathlib import Path
 
 from multimodal_dlm.datasets.indexing import TOKENIZED, build_index
 from multimodal_dlm.datasets.manifest import Source
 from multimodal_dlm.datasets.reading import ShardReader, existing
 from multimodal_dlm.datasets.row_groups import Row, RowGroup, unpack_group
 from multimodal_dlm.datasets.schema import Record, Sample
+from multimodal_dlm.datasets.storage import AnyPath, RangeReader
 from multimodal_dlm.errors import DataError
 
 OPEN_SHARDS = 16  # Held at once: the order reads in windows of 8.
@@ -37,7 +36,7 @@ class RowReader(ShardReader):
         return Sample(record=row.record, where=where, source=self.source, index=index)
 
     def __getstate__(self) -> dict[str, object]:
-        return {**super().__getstate__(), "_rows": {}}
+        return {**self.__dict__, "_rows": {}}
 
     def record(self, index: int) -> Record:
         """The record of row `index`."""
@@ -97,23 +96,23 @@ class RowReader(ShardReader):
         return tuple(rows)
 
 
-def read_groups(path: Path) -> Iterator[RowGroup]:
+def read_groups(path: AnyPath) -> Iterator[RowGroup]:
     """The groups of a pre-tokenized shard, each checked.
 
     Raises:
         DataError: When the file is no plain tar of row groups, or a group is damaged.
     """
-    with path.open("rb") as file:
-        for entry in build_index(path, TOKENIZED):
-            members = {
-                name: os.pread(file.fileno(), size, offset)
-                for name, (offset, size) in entry.members.items()
-            }
-            yield unpack_group(members, f"Shard {path.name}, key {entry.key}")
+    ranges = RangeReader()
+    for entry in build_index(path, TOKENIZED):
+        members = {
+            name: ranges.read(path, offset, size) for name, (offset, size) in entry.members.items()
+        }
+        yield unpack_group(members, f"Shard {path.name}, key {entry.key}")
 
 
-def open_reader(source: Source, split: str) -> ShardReader:
+def open_reader(source: Source, split: str, *, is_lenient: bool = False) -> ShardReader:
     """The reader of a split, raw or pre-tokenized as the manifest says."""
     if source.codebooks is not None:
         return RowReader(source, split)
-    return ShardReader(source.splits.get(split, ()), source=source.name)
+    shards = source.splits.get(split, ())
+    return ShardReader(shards, source=source.name, is_lenient=is_lenient)

@@ -14,12 +14,15 @@ from typing import Any
 import numpy as np
 
 from multimodal_dlm.datasets.decoding import decode_image
-from multimodal_dlm.errors import DataError
+from multimodal_dlm.errors import DataError, unknown_name
 
 KEY_RULE = re.compile(r"[a-z0-9][a-z0-9_-]{0,127}")
 IMAGE_EXTENSIONS = ("png", "jpg", "webp")
 MAX_TEXT_CHARACTERS = 4096
 MAX_TEXTS = 256
+ENTRIES = ("key", "source", "split", "license", "captions", "qa", "meta")
+# Control characters but tab and line feed, and halves of surrogate pairs.
+_UNFIT = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff]")
 
 
 @dataclass(frozen=True)
@@ -87,8 +90,10 @@ class Record:
             DataError: When the bytes are no valid record.
         """
         try:
-            content = json.loads(data)
-        except (ValueError, RecursionError) as error:
+            content = json.loads(
+                data.decode(), object_pairs_hook=_pairs, parse_constant=_refuse_constant
+            )
+        except (ValueError, RecursionError, MemoryError) as error:
             raise _no_record(where, error) from error
         return cls.from_dict(content, where)
 
@@ -104,6 +109,12 @@ class Record:
             DataError: When they are no valid record.
         """
         try:
+            for name in content:
+                if name not in ENTRIES:
+                    raise TypeError(str(unknown_name("entry", str(name), ENTRIES)))
+            for name in ("captions", "qa"):
+                if not isinstance(content.get(name, []), list):
+                    raise TypeError(f"`{name}` must be a list")
             record = cls(
                 key=content["key"],
                 source=content["source"],
@@ -116,12 +127,12 @@ class Record:
                 ),
                 meta=content.get("meta", {}),
             )
-        except (KeyError, TypeError) as error:
+        except (KeyError, TypeError, AttributeError) as error:
             raise _no_record(where, error) from error
         record.validate(where)
         return record
 
-    def validate(self, where: str) -> None:
+    def validate(self, where: str) -> None:  # noqa: C901 - one rule after the other
         """Check every rule of the record.
 
         Raises:
@@ -129,7 +140,8 @@ class Record:
         """
 
         def fail(rule: str, value: object) -> None:
-            raise DataError(f"{where}: {rule}; got {value!r}. Rebuild the shard.")
+            message = f"{where}: {rule}; got {shown(value)}. Rebuild the shard."
+            raise DataError(message, reason="record")
 
         if not isinstance(self.key, str) or not KEY_RULE.fullmatch(self.key):
             fail("`key` must be lower-case letters, digits, `-` and `_`", self.key)
@@ -141,22 +153,38 @@ class Record:
             fail(f"`captions` must hold 1 to {MAX_TEXTS} texts", len(self.captions))
         if len(self.qa) > MAX_TEXTS:
             fail(f"`qa` must hold at most {MAX_TEXTS} questions", len(self.qa))
-        texts = [
-            *self.captions,
-            *(part for q in self.qa for part in (q.question, q.answer, q.type)),
-        ]
-        for text in texts:
+        for text in (*self.captions, *(p for q in self.qa for p in (q.question, q.answer, q.type))):
             if not isinstance(text, str) or not 0 < len(text) <= MAX_TEXT_CHARACTERS:
                 fail(f"texts must have 1 to {MAX_TEXT_CHARACTERS} characters", text)
+            elif _UNFIT.search(text):
+                fail("texts must have no control characters and no halves of surrogate pairs", text)
         if not isinstance(self.meta, Mapping):
             fail("`meta` must be a mapping", self.meta)
 
 
-def _no_record(where: str, error: Exception) -> DataError:
+def shown(value: object) -> str:
+    """A value for a message: ASCII, short, no control characters."""
+    text = ascii(value)
+    return text if len(text) <= 80 else f"{text[:77]}..."
+
+
+def _no_record(where: str, error: BaseException) -> DataError:
     return DataError(
         f"The record of {where} must be JSON with key, source, split, license and captions; got"
-        f" {type(error).__name__}: {error}. Rebuild the shard."
+        f" {type(error).__name__}: {str(error)[:200]}. Rebuild the shard.",
+        reason="record",
     )
+
+
+def _pairs(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    content = dict(pairs)
+    if len(content) != len(pairs):
+        raise ValueError("a name occurs twice in an object")
+    return content
+
+
+def _refuse_constant(name: str) -> float:
+    raise ValueError(f"{name} is no JSON number")
 
 
 @dataclass(frozen=True)
@@ -192,6 +220,7 @@ class Sample:
         if self.image_bytes is None:
             raise DataError(
                 f"{self.where or self.key} has no picture. Give text-only sources tasks without"
-                " pictures only."
+                " pictures only.",
+                reason="picture",
             )
         return decode_image(self.image_bytes, self.where or self.key)

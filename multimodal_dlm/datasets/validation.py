@@ -2,17 +2,17 @@
 
 import hashlib
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from multimodal_dlm.datasets.manifest import Manifest, Source
 from multimodal_dlm.datasets.reading import ShardReader
 from multimodal_dlm.datasets.row_reading import open_reader
+from multimodal_dlm.datasets.schema import shown
 from multimodal_dlm.errors import DataError
 
-ERRORS = ("shard", "digest", "sample", "duplicate_key")
-WARNINGS = ("same_picture",)
+WARNINGS = ("same_picture", "mixed_sizes")
 
 
 @dataclass(frozen=True)
@@ -20,7 +20,7 @@ class Finding:
     """One thing that is wrong.
 
     Args:
-        reason: One of `ERRORS` or `WARNINGS`.
+        reason: One word; those of `WARNINGS` leave the dataset valid.
         source: Dataset.
         split: Split.
         message: What is wrong where, and what to do.
@@ -49,7 +49,7 @@ class Validation:
     @property
     def is_valid(self) -> bool:
         """True when nothing but warnings was found."""
-        return not any(finding.reason in ERRORS for finding in self.findings)
+        return not any(finding.reason not in WARNINGS for finding in self.findings)
 
     @property
     def counts(self) -> dict[str, int]:
@@ -70,13 +70,16 @@ class Validation:
 def validate_manifest(
     manifest: Manifest, *, progress: Callable[[int, int], None] | None = None
 ) -> Validation:
-    """Check digests, records, texts, pictures and keys, and that no held-out picture is trained on.
+    """Check digests, records, texts, pictures and keys, and that no held-out sample is trained on.
 
-    Nothing stops it: a shard that cannot be read is one finding and its samples are not good; a
-    broken sample is one finding. Reasons: `shard` (missing, cut, no plain tar of samples), `digest`
-    (other bytes than the manifest's SHA-256), `sample` (record, text or picture breaks a rule),
-    `duplicate_key` (twice in a split), and as a warning `same_picture` (a held-out picture that is
-    byte for byte a training picture of its source).
+    Nothing stops it: every fault of a shard is a finding, its good samples are checked all the
+    same. Reasons of shards: `missing_shard`, `shard_size`, `digest` (other bytes than the
+    manifest's SHA-256), `damaged_tar`, `member_type`, `member_name`, `member_size`,
+    `duplicate_member`, `index`, `count`. Of samples: `missing_member`, `cut_off`, `checksum`,
+    `record`, `key`, `text`, `picture`, `duplicate_key` (twice in a split), `leaked_key` (in two
+    splits), `split` and `source` (the record says another one). Warnings: `same_picture` (a
+    held-out picture that is byte for byte a training picture of its source) and `mixed_sizes`
+    (pictures of a source differ in size).
 
     Args:
         manifest: What to check.
@@ -84,49 +87,76 @@ def validate_manifest(
     """
     found = Validation(num_samples=sum(_count(source) for source in manifest.sources.values()))
     done = 0
-    for name, source in manifest.sources.items():
-        places: dict[bytes, list[tuple[str, str]]] = defaultdict(list)
+    for source in manifest.sources.values():
+        seen = _Seen(source.name)
         for split in source.splits:
-            reader = open_reader(source, split)
-            keys: set[str] = set()
-            for index, error in _samples(reader, found, name, split):
+            reader = open_reader(source, split, is_lenient=True)
+            _check_shards(reader, found, source.name, split)
+            for index in range(len(reader)):
                 done += 1
-                if error is None:
-                    try:
-                        sample = reader.check(index)
-                        if sample.key in keys:
-                            message = f"{sample.where}: keys must be unique in a split. Rebuild it."
-                            found.findings.append(Finding("duplicate_key", name, split, message))
-                        else:
-                            found.num_good += 1
-                            keys.add(sample.key)
-                        if sample.image_bytes is not None:
-                            digest = hashlib.sha256(sample.image_bytes).digest()
-                            places[digest].append((split, sample.key))
-                    except DataError as problem:
-                        found.findings.append(Finding("sample", name, split, str(problem)))
+                problem = _check_sample(reader, index, split, seen)
+                if problem is None:
+                    found.num_good += 1
+                else:
+                    found.findings.append(Finding(problem.reason, source.name, split, str(problem)))
                 if progress is not None:
                     progress(done, found.num_samples)
-        found.findings += _shared_pictures(name, places)
+        found.findings += _shared_pictures(source.name, seen.pictures)
+        found.findings += _mixed_sizes(source.name, seen.sizes)
     return found
 
 
-def _samples(
-    reader: ShardReader, found: Validation, source: str, split: str
-) -> Iterator[tuple[int, DataError | None]]:
-    """Number of each sample, with the error of its shard where the shard cannot be read."""
-    first = 0
-    for number, shard in enumerate(reader.shards):
-        error = None
-        for reason, check in (("digest", reader.check_digest), ("shard", reader.check_shard)):
+@dataclass
+class _Seen:
+    """What the samples of a source had."""
+
+    source: str
+    keys: dict[str, str] = field(default_factory=dict)
+    places: set[tuple[str, str]] = field(default_factory=set)
+    pictures: dict[bytes, list[tuple[str, str]]] = field(default_factory=lambda: defaultdict(list))
+    sizes: dict[tuple[int, int], tuple[str, str]] = field(default_factory=dict)
+
+
+def _check_shards(reader: ShardReader, found: Validation, source: str, split: str) -> None:
+    """Findings of the files themselves."""
+    for number in range(len(reader.shards)):
+        for check in (reader.check_digest, reader.check_shard):
             try:
                 check(number)
             except DataError as problem:
-                found.findings.append(Finding(reason, source, split, str(problem)))
-                error = problem if reason == "shard" else error
-        for index in range(first, first + shard.count):
-            yield index, error
-        first += shard.count
+                finding = Finding(problem.reason, source, split, str(problem))
+                if finding not in found.findings:
+                    found.findings.append(finding)
+
+
+def _check_sample(reader: ShardReader, index: int, split: str, seen: _Seen) -> DataError | None:
+    """What is wrong with a sample; None for a good one."""
+    try:
+        sample = reader.check(index)
+    except DataError as problem:
+        return problem
+    record, where = sample.record, sample.where
+    elsewhere = seen.keys.setdefault(sample.key, split)
+    if sample.image_bytes is not None:
+        digest = hashlib.sha256(sample.image_bytes).digest()
+        seen.pictures[digest].append((split, sample.key))
+        height, width = sample.image.shape[:2]
+        seen.sizes.setdefault((width, height), (split, sample.key))
+    if elsewhere != split:
+        message = f"{where}: a key must be in one split; this one is in {elsewhere} too. Rename it."
+        return DataError(message, reason="leaked_key")
+    if (split, sample.key) in seen.places:
+        message = f"{where}: keys must be unique in a split. Rebuild it."
+        return DataError(message, reason="duplicate_key")
+    seen.places.add((split, sample.key))
+    for name, expected in (("split", split), ("source", seen.source)):
+        if getattr(record, name) != expected:
+            return DataError(
+                f"{where}: `{name}` of the record must be {expected}, as in the manifest; got"
+                f" {shown(getattr(record, name))}. Rebuild the shard.",
+                reason=name,
+            )
+    return None
 
 
 def _shared_pictures(source: str, places: dict[bytes, list[tuple[str, str]]]) -> list[Finding]:
@@ -144,6 +174,21 @@ def _shared_pictures(source: str, places: dict[bytes, list[tuple[str, str]]]) ->
                 )
                 findings.append(Finding("same_picture", source, split, message))
     return findings
+
+
+def _mixed_sizes(source: str, sizes: dict[tuple[int, int], tuple[str, str]]) -> list[Finding]:
+    """A picture of every size but the first."""
+    (first, *others) = sizes.items() if sizes else [((0, 0), ("", ""))]
+    return [
+        Finding(
+            "mixed_sizes",
+            source,
+            split,
+            f"Sample {key} of split {split} has {width} x {height} pixels where others have"
+            f" {first[0][0]} x {first[0][1]}. An image tokenizer takes one size.",
+        )
+        for (width, height), (split, key) in others
+    ]
 
 
 def _count(source: Source) -> int:

@@ -122,7 +122,7 @@ def member(name: str, **attributes: object) -> tarfile.TarInfo:
         (member("a", type=tarfile.DIRTYPE), "regular files"),
         (member("a.pickle"), "extension must be one of"),
         (member("a.tar.gz"), "extension must be one of"),
-        (member("a.png"), "needs `.json` and `.txt`"),
+        (member("a.png"), "must have 1 to"),
     ],
 )
 def test_hostile_members_are_refused(tmp_path: Path, info: tarfile.TarInfo, message: str) -> None:
@@ -200,8 +200,11 @@ def test_the_text_member_must_be_the_first_caption(tmp_path: Path) -> None:
     with tarfile.open(shard) as tar:
         offset = tar.getmember("shapes-002.txt").offset_data
     shard.write_bytes(data[:offset] + b"X" + data[offset + 1 :])
-    with pytest.raises(DataError, match="key shapes-002: `.txt` must be the first caption"):
+    with pytest.raises(DataError, match="key shapes-002: `.txt` must have the checksum"):
         reader.check(2)
+    index_path(shard).unlink()
+    with pytest.raises(DataError, match="key shapes-002: `.txt` must be the first caption"):
+        ShardReader(reader.shards).check(2)
 
 
 def test_unknown_splits_list_those_there_are(tmp_path: Path) -> None:

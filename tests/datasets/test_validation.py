@@ -2,13 +2,17 @@
 
 import shutil
 import tarfile
+from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import yaml
 
+from multimodal_dlm.datasets.decoding import encode_png
 from multimodal_dlm.datasets.manifest import Manifest, open_manifest
 from multimodal_dlm.datasets.validation import Validation, validate_manifest
+from multimodal_dlm.datasets.writing import write_shards
 from tests.conftest import REPOSITORY
 from tests.datasets.toy import SIZES, toy_mixture, toy_sample, write_toy
 
@@ -41,23 +45,26 @@ def test_good_shards_have_no_findings(tmp_path):
 @pytest.mark.parametrize(
     ("member", "byte", "message"),
     [
-        ("shapes-002.png", b"X", "a picture must be PNG"),
-        ("shapes-002.json", b"X", "must be JSON"),
-        ("shapes-002.txt", b"X", "`.txt` must be the first caption"),
+        ("shapes-002.png", b"X", "picture"),
+        ("shapes-002.json", b"X", "record"),
+        ("shapes-002.txt", b"X", "text"),
     ],
 )
-def test_one_wrong_byte_costs_one_sample(tmp_path, member, byte, message):
+@pytest.mark.parametrize("has_index", [True, False])
+def test_one_wrong_byte_costs_one_sample(tmp_path, member, byte, message, has_index):
     manifest = toy_mixture(tmp_path)
     shard = first_shard(tmp_path)
     data = bytearray(shard.read_bytes())
     data[place(shard, member)[0]] = byte[0]
     shard.write_bytes(data)
+    reason = "checksum" if has_index else message
+    if not has_index:
+        shard.with_name(shard.name + ".index.json").unlink()
     found = check(manifest)
     assert not found.is_valid
-    assert found.counts == {"digest": 1, "sample": 1}
+    assert found.counts == {"digest": 1, reason: 1}
     assert found.num_good == TOTAL - 1
-    wrong = next(finding for finding in found.findings if finding.reason == "sample")
-    assert message in wrong.message
+    wrong = next(finding for finding in found.findings if finding.reason == reason)
     assert "shapes-002" in wrong.message
     assert (wrong.source, wrong.split) == ("shapes", "train")
 
@@ -82,13 +89,21 @@ def lie_in_the_index(shard: Path) -> None:
     index.write_text(index.read_text().replace("shapes-000", "shapes-00x"))
 
 
-@pytest.mark.parametrize("spoil", [cut, remove, replace_by_text, lie_in_the_index])
-def test_an_unreadable_shard_costs_its_own_samples_only(tmp_path, spoil):
+@pytest.mark.parametrize(
+    ("spoil", "reason", "num_lost"),
+    [
+        (cut, "shard_size", 4),
+        (remove, "missing_shard", 4),
+        (replace_by_text, "damaged_tar", 4),
+        (lie_in_the_index, "index", 1),
+    ],
+)
+def test_an_unreadable_shard_costs_its_own_samples_only(tmp_path, spoil, reason, num_lost):
     manifest = toy_mixture(tmp_path)
     spoil(first_shard(tmp_path))
     found = check(manifest)
-    assert found.num_good == TOTAL - 4
-    assert found.counts["shard"] == 1
+    assert found.num_good == TOTAL - num_lost
+    assert reason in found.counts
     assert not found.is_valid
 
 
@@ -103,15 +118,52 @@ def test_a_key_may_be_there_once(tmp_path):
     assert found.num_good == len(range(manifest.sources["shapes"].count("train")))
 
 
-def test_a_held_out_picture_that_was_trained_on_is_a_warning(tmp_path):
-    path = write_toy(tmp_path, "shapes")
+def with_test_split(root: Path, change) -> Manifest:
+    """The toy shapes with one more sample in split `test`."""
+    path = write_toy(root, "shapes")
+    sample = toy_sample("shapes", 4)
+    (info,) = write_shards([change(sample)], root / "shapes", "shapes-test")
     content = yaml.safe_load(path.read_text())
-    content["splits"]["test"] = [content["splits"]["train"][1]]
+    content["splits"]["test"] = [vars(info)]
     path.write_text(yaml.safe_dump(content))
-    found = check(open_manifest(path))
+    return open_manifest(path)
+
+
+def test_a_held_out_picture_that_was_trained_on_is_a_warning(tmp_path):
+    def copy(sample):
+        return replace(sample, record=replace(sample.record, key="new", split="test"))
+
+    found = check(with_test_split(tmp_path, copy))
     assert found.is_valid
-    assert found.counts == {"same_picture": 4}
+    assert found.counts == {"same_picture": 1}
     assert toy_sample("shapes", 4).key in found.findings[0].message
+
+
+def test_leaks_and_wrong_labels_are_named(tmp_path):
+    def change(**entries):
+        return lambda sample: replace(sample, record=replace(sample.record, **entries))
+
+    for number, (entries, reason) in enumerate(
+        (
+            ({"split": "test"}, "leaked_key"),
+            ({"key": "new"}, "split"),
+            ({"key": "new", "split": "test", "source": "other"}, "source"),
+        )
+    ):
+        found = check(with_test_split(tmp_path / str(number), change(**entries)))
+        assert found.counts == {reason: 1, "same_picture": 1}
+        assert not found.is_valid
+
+
+def test_pictures_of_two_sizes_are_a_warning(tmp_path):
+    def enlarge(sample):
+        record = replace(sample.record, key="new", split="test")
+        return replace(sample, record=record, image_bytes=encode_png(np.ones((9, 7, 3), np.uint8)))
+
+    found = check(with_test_split(tmp_path, enlarge))
+    assert found.is_valid
+    assert found.counts == {"mixed_sizes": 1}
+    assert "7 x 9" in found.findings[0].message
 
 
 def test_the_committed_sample_is_good(tmp_path):
