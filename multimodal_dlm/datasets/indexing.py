@@ -12,7 +12,7 @@ import zlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 from multimodal_dlm.datasets.row_groups import IDS
 from multimodal_dlm.datasets.schema import IMAGE_EXTENSIONS, KEY_RULE, shown
@@ -111,9 +111,10 @@ def _members(
     """Members in order; what is wrong with the file itself goes to `problems`."""
     try:
         with tarfile.open(fileobj=file, mode="r:", errorlevel=2) as tar:
+            archive: Any = tar
             last = -1
             for number, member in enumerate(tar):
-                tar.members = []  # Or a long archive fills the memory.
+                archive.members = []  # Or a long archive fills the memory.
                 if number >= MAX_MEMBERS:
                     raise ValueError(f"more than {MAX_MEMBERS} members")
                 if member.offset_data <= last:  # Sizes below 0 lead back, for ever.
