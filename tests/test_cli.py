@@ -446,11 +446,8 @@ def test_from_a_folder_of_pictures_to_token_ids(capsys, tiny, tmp_path):
     assert [(r["reason"], r["name"]) for r in values["refused"]] == [("picture", "bad.jpg")]
     status, out, _ = run(capsys, *given, *options, "--license", "CC0-1.0")
     assert (status, "refused: 1\n  bad.jpg: bad.jpg: a picture must be PNG" in out) == (0, True)
-    tokenizers = (
-        "--text_tokenizer", str(tiny / "pipeline" / "tokenizer"),
-        "--image_tokenizer", str(tiny / "pipeline" / "image_tokenizer"),
-    )  # fmt: skip
-    given = ("data", "tokenize", values["manifest"], "--output", str(tmp_path / "ids"), *tokenizers)
+    given = ("data", "tokenize", values["manifest"], "--output", str(tmp_path / "ids"))
+    given += ("--pipeline", str(tiny / "pipeline"))
     made = succeed(capsys, *given, "--workers", "1", "--splits", "[train]")
     assert made["sources"] == {"made": {"train": 3}}
     status, out, _ = run(capsys, *given)

@@ -6,6 +6,7 @@ import importlib
 import importlib.util
 import io
 import re
+import shlex
 from pathlib import Path
 from types import ModuleType
 
@@ -141,6 +142,42 @@ def test_the_mixture_of_the_training_page_opens(tmp_path):
         "is_shape": 4,
         "shape": 2,
     }
+
+
+# Options that make the commands of the page on one's own pictures quick.
+QUICK = {
+    "data tokenize": "--workers 1",
+    "train": "--num_train_steps 2 --data.batch_size 4 --evaluation.num_rows 4",
+    "generate": "--num_inference_steps 2",
+    "evaluate": "--limit 2",
+}
+
+
+@pytest.mark.slow
+def test_the_way_from_a_folder_to_a_shared_model(released_pipeline, tmp_path, monkeypatch, capsys):
+    """All of the page in an empty folder: its code and commands in order, its outputs compared."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("REPO", str(REPOSITORY))
+    page = DOCS / "train_your_own.md"
+    making, sharing = blocks(page, "python")
+    exec(compile(making, page.name, "exec"), {"__name__": "page"})  # noqa: S102
+    lines = "".join(blocks(page, "bash")).splitlines()
+    commands = [line for line in lines if line.startswith("multimodal-dlm")]
+    said = {}
+    for line in commands:
+        words = shlex.split(line.replace("$REPO", str(REPOSITORY)))[1:]
+        name = next(each for each in cli.COMMANDS if line[15:].startswith(each))
+        capsys.readouterr()
+        assert cli.main([*words, *QUICK.get(name, "").split()]) == 0, line
+        said[name] = re.sub(r" in [\d.]+ s", " in some time", capsys.readouterr().out)
+    shown = re.sub(r" in [\d.]+ s", " in some time", "".join(blocks(page, "text")))
+    for name in ("data from-folder", "data validate", "data tokenize"):
+        assert said[name] in shown, name
+    assert len(commands) == 9
+    assert not (tmp_path / "tokenizers").exists()
+    exec(compile(sharing, page.name, "exec"), {"__name__": "page"})  # noqa: S102
+    assert (tmp_path / "shared" / "finetune" / "SHA256SUMS").is_file()
+    assert "Limits" in (tmp_path / "shared" / "finetune" / "README.md").read_text()
 
 
 @pytest.mark.slow

@@ -192,8 +192,9 @@ def run_tokenize(
     *,
     output: str = "data/tokenized",
     data_root: str | None = None,
-    text_tokenizer: str = "tokenizers/text",
-    image_tokenizer: str = "tokenizers/image",
+    pipeline: str | None = None,
+    text_tokenizer: str | None = None,
+    image_tokenizer: str | None = None,
     splits: list[str] | None = None,
     engine: Literal["local", "ray"] = "local",
     workers: int | None = None,
@@ -206,8 +207,9 @@ def run_tokenize(
         manifest: YAML file of raw shards.
         output: folder of the new shards and manifests
         data_root: folder that holds the datasets' folders; null for the manifest's own folder
-        text_tokenizer: folder of the text tokenizer
-        image_tokenizer: folder of the image tokenizer
+        pipeline: folder of a saved pipeline whose tokenizers are used
+        text_tokenizer: its folder; null for that of the pipeline, else `tokenizers/text`
+        image_tokenizer: its folder; null for that of the pipeline, else `tokenizers/image`
         splits: splits to tokenize, such as '[train, val]'; null for all
         engine: `local`, or `ray`: the cluster that RAY_ADDRESS names, else one on this machine
         workers: shards tokenized at once; null for one a core, or one on a GPU
@@ -221,6 +223,9 @@ def run_tokenize(
     from multimodal_dlm.datasets.tokenize_engines import tokenize_manifest
     from multimodal_dlm.datasets.tokenizing import TokenizerFolders
 
+    tokenizers = TokenizerFolders.find(
+        text_tokenizer, image_tokenizer, pipeline=pipeline, device=device
+    )
     if workers is None:
         workers = torch.get_num_threads() if device == "cpu" else 1
     with tqdm(unit=" samples") as bar:
@@ -233,7 +238,7 @@ def run_tokenize(
         path = tokenize_manifest(
             manifest,
             output,
-            TokenizerFolders(text_tokenizer, image_tokenizer, device),
+            tokenizers,
             data_root=data_root,
             splits=splits,
             engine=engine,

@@ -39,6 +39,7 @@ from multimodal_dlm.tokenizers.text import encode_text, load_text_tokenizer, tex
 logger = logging.getLogger(__name__)
 
 ENCODE_BATCH = 64
+SAVED_AS = {"text": "tokenizer", "image": "image_tokenizer"}  # Folders of a saved pipeline.
 
 
 @dataclass(frozen=True)
@@ -86,22 +87,49 @@ class TokenizerFolders:
     image: str
     device: str = "cpu"
 
-    def load(self) -> TokenizerPair:
-        """Both tokenizers, loaded once in a process.
+    @classmethod
+    def find(
+        cls,
+        text: str | None = None,
+        image: str | None = None,
+        *,
+        pipeline: str | None = None,
+        device: str = "cpu",
+    ) -> "TokenizerFolders":
+        """The folders given, else those of a saved pipeline, else those of the working directory.
+
+        Args:
+            text: Folder of the text tokenizer.
+            image: Folder of the image tokenizer.
+            pipeline: Folder that may hold `tokenizer` and `image_tokenizer`.
+            device: Where pictures are encoded.
 
         Raises:
             ConfigError: When a folder does not exist.
         """
+        found = {}
+        for kind, given, inner in (
+            ("text", text, "tokenizer"),
+            ("image", image, "image_tokenizer"),
+        ):
+            saved = Path(pipeline or "") / inner
+            default = saved if pipeline and saved.is_dir() else Path("tokenizers") / kind
+            folder = Path(given) if given is not None else default
+            if not folder.is_dir():
+                raise ConfigError(
+                    f"The {kind} tokenizer must be a folder; there is no `{folder}`. Give its path,"
+                    " or a pipeline that holds it."
+                )
+            found[kind] = str(folder)
+        return cls(**found, device=device)
+
+    def load(self) -> TokenizerPair:
+        """Both tokenizers, loaded once in a process."""
         return _load_tokenizers(self)
 
 
 @lru_cache(maxsize=1)
 def _load_tokenizers(folders: TokenizerFolders) -> TokenizerPair:
-    for name, folder in (("text", folders.text), ("image", folders.image)):
-        if not Path(folder).is_dir():
-            raise ConfigError(
-                f"The {name} tokenizer must be a folder; there is no `{folder}`. Give its path."
-            )
     image: Any = ImageTokenizer.from_pretrained(folders.image).eval().requires_grad_(False)
     return TokenizerPair.of(load_text_tokenizer(folders.text), image.to(folders.device))
 

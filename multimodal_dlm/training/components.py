@@ -13,7 +13,7 @@ from torch import nn
 
 from multimodal_dlm.datasets.manifest import Manifest, open_manifest
 from multimodal_dlm.datasets.mixture import MixtureReader
-from multimodal_dlm.datasets.tokenizing import TokenizerPair
+from multimodal_dlm.datasets.tokenizing import TokenizerFolders, TokenizerPair
 from multimodal_dlm.errors import CheckpointError, ConfigError, DataError
 from multimodal_dlm.layout import make_layout
 from multimodal_dlm.models.presets import get_preset
@@ -143,9 +143,11 @@ def _transformer_job(
     device: torch.device | None,
     is_dry_run: bool,
 ) -> Job:
-    tokenizer = load_text_tokenizer(_folder("tokenizers.text", config.tokenizers.text))
-    folder = _folder("tokenizers.image", config.tokenizers.image)
-    image_tokenizer: Any = ImageTokenizer.from_pretrained(folder).eval().requires_grad_(False)
+    given = config.tokenizers
+    folders = TokenizerFolders.find(given.text, given.image, pipeline=config.model.init_from)
+    tokenizer = load_text_tokenizer(folders.text)
+    image_tokenizer: Any = ImageTokenizer.from_pretrained(folders.image)
+    image_tokenizer.eval().requires_grad_(False)
     vocabulary = build_vocabulary(tokenizer, image_tokenizer)
     height, width = image_tokenizer.grid_size
     levels = len(image_tokenizer.codebook_sizes)

@@ -38,15 +38,15 @@ class ModelConfig:
 
 @dataclass(frozen=True)
 class TokenizersConfig:
-    """Tokenizer folders.
+    """Tokenizer folders; None for those of the pipeline `model.init_from`, if it is one.
 
     Args:
-        text: Folder of the text tokenizer.
-        image: Folder of the image tokenizer.
+        text: Folder of the text tokenizer; without a pipeline `tokenizers/text`.
+        image: Folder of the image tokenizer; without a pipeline `tokenizers/image`.
     """
 
-    text: str = "tokenizers/text"
-    image: str = "tokenizers/image"
+    text: str | None = None
+    image: str | None = None
 
 
 @dataclass(frozen=True)

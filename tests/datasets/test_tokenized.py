@@ -250,8 +250,23 @@ def test_wrong_options_are_sentences(root, tmp_path):
             tokenize_source(raw, tmp_path, pair, **options)
     with pytest.raises(DataError, match="pre-tokenized already. Give its raw manifest"):
         tokenize_source(made, tmp_path, pair)
-    with pytest.raises(ConfigError, match="image tokenizer must be a folder; there is no `none`"):
-        tokenize_source(raw, tmp_path, dataclasses.replace(pair, image="none"))
+
+
+def test_tokenizers_are_those_given_or_of_a_pipeline_or_of_the_working_directory(
+    root, tmp_path, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    text, image = str(root / "text"), str(root / "image")
+    assert TokenizerFolders.find(text, image) == folders(root)
+    for given, there in (((None, image), "text"), ((text, "none"), "image")):
+        with pytest.raises(ConfigError, match=rf"The {there} tokenizer must be a folder; there is"):
+            TokenizerFolders.find(*given)
+    for name in ("pipe/tokenizer", "tokenizers/text", "tokenizers/image"):
+        (tmp_path / name).mkdir(parents=True)
+    expected = TokenizerFolders("tokenizers/text", "tokenizers/image")
+    assert TokenizerFolders.find() == TokenizerFolders.find(pipeline="elsewhere") == expected
+    assert TokenizerFolders.find(pipeline="pipe").text == "pipe/tokenizer"
+    assert TokenizerFolders.find(text, pipeline="pipe").text == text
 
 
 def test_pictures_of_another_size_are_named(root, tmp_path):
