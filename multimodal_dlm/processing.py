@@ -330,8 +330,21 @@ class UnifiedProcessor:
 
     def decode_text(self, canvas: Canvas, window: str = "answer") -> list[str]:
         """Text of a window of every row."""
-        decoded = [self.tokenizer.decode(ids) for ids in self.text_ids(canvas, window)]
-        return [str(text).strip() for text in decoded]
+        return self._decode(self.text_ids(canvas, window))
+
+    def decode_sequences(self, sequences: Tensor) -> list[str]:
+        """Text of rows of text codes (batch, positions), cut as `text_ids` cuts them."""
+        return self._decode([self.content(row) for row in sequences])
+
+    def content(self, sequence: Tensor) -> list[int]:
+        """The codes of one row (positions,) before its first `<eos>`, `<fill>` left out."""
+        eos, fill = self._eos - self._text_start, self._fill - self._text_start
+        codes = sequence.tolist()
+        content = codes[: codes.index(eos)] if eos in codes else codes
+        return [code for code in content if code != fill]
+
+    def _decode(self, texts: Sequence[list[int]]) -> list[str]:
+        return [str(self.tokenizer.decode(codes)).strip() for codes in texts]
 
     def image_codes(self, canvas: Canvas) -> Codes:
         """Image codes of every row, one (batch, h, w) tensor per level."""

@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 
+from multimodal_dlm.canvas import Canvas
 from multimodal_dlm.pipelines.guidance import classifier_free
 from multimodal_dlm.pipelines.inputs import (
     check_count,
@@ -17,6 +18,7 @@ from multimodal_dlm.pipelines.pipeline_base import Callback, UnifiedPipeline
 from multimodal_dlm.pipelines.pixels import check_output_type
 from multimodal_dlm.pipelines.randomness import Generators, draw_row_seeds
 from multimodal_dlm.pipelines.streaming import Streamer
+from multimodal_dlm.pipelines.text_length import TextLength, write_within
 from multimodal_dlm.processing import Codes
 
 CAPTION_LENGTH = 24
@@ -58,9 +60,10 @@ class UnifiedImageToTextPipeline(UnifiedPipeline):
             image: Picture or pictures: PIL, array, tensor or a list, see `pixels.to_pixels`.
             question: One question for all pictures or one each; None asks for captions.
             codes: Image codes in place of `image`, one (batch, h, w) tensor per level.
-            gen_length: Positions of the text; by default 24 for captions and 8 for answers, or the
-                model's longest text when that is shorter.
-            num_inference_steps: Steps; by default one per position.
+            gen_length: Longest text in tokens, its end included; by default 24 for captions and 8
+                for answers, or the model's longest text when that is shorter. A text that fits is
+                the same under every limit up to these, see `text_length`.
+            num_inference_steps: Steps; by default one per position of the window.
             guidance_scale: g in u + g (c - u); 1.0 is off. The question stays in both branches.
             guidance_start: Share of the steps after which guidance begins.
             guidance_stop: Share of the steps after which guidance ends.
@@ -76,12 +79,10 @@ class UnifiedImageToTextPipeline(UnifiedPipeline):
         Raises:
             ConfigError: When an argument is out of range or a question is too long.
         """
-        longest = self.processor.layout["max_window"]["text"]
-        if gen_length is None:
-            gen_length = min(CAPTION_LENGTH if question is None else ANSWER_LENGTH, longest)
-        check_count("gen_length", gen_length, maximum=longest)
-        num_inference_steps = gen_length if num_inference_steps is None else num_inference_steps
-        check_count("num_inference_steps", num_inference_steps)
+        usual = CAPTION_LENGTH if question is None else ANSWER_LENGTH
+        length = TextLength.resolve(gen_length, usual, self.processor)
+        if num_inference_steps is not None:
+            check_count("num_inference_steps", num_inference_steps)
         check_count("num_texts_per_image", num_texts_per_image)
         check_guidance(guidance_scale, guidance_start, guidance_stop)
         check_output_type(output_type, TEXT_OUTPUT_TYPES)
@@ -92,16 +93,23 @@ class UnifiedImageToTextPipeline(UnifiedPipeline):
             questions = matching_texts("question", question, count, "picture")
             questions = repeat(questions, num_texts_per_image)
         given = tuple(level.repeat_interleave(num_texts_per_image, dim=0) for level in given)
-        run = self._denoise(
-            self.processor.image_to_text(given, questions=questions, gen_length=gen_length),
-            num_inference_steps=num_inference_steps,
-            row_seeds=draw_row_seeds(generator, count * num_texts_per_image),
-            guidance_scale=guidance_scale,
-            branches=classifier_free(self.processor.unconditional, guidance_scale),
-            guidance_start=guidance_start,
-            guidance_stop=guidance_stop,
-            streamer=streamer,
-            callback_on_step_end=callback_on_step_end,
-            callback_on_step_end_tensor_inputs=callback_on_step_end_tensor_inputs,
-        )
-        return self._text_output(run.canvas, output_type, return_dict)
+        row_seeds = draw_row_seeds(generator, count * num_texts_per_image)
+
+        def write(window: int, rows: Sequence[int], streamer: Streamer | None) -> Canvas:
+            chosen = tuple(level[list(rows)] for level in given)
+            asked = questions and [questions[row] for row in rows]
+            return self._denoise(
+                self.processor.image_to_text(chosen, questions=asked, gen_length=window),
+                num_inference_steps=num_inference_steps or window,
+                row_seeds=[row_seeds[row] for row in rows],
+                guidance_scale=guidance_scale,
+                branches=classifier_free(self.processor.unconditional, guidance_scale),
+                guidance_start=guidance_start,
+                guidance_stop=guidance_stop,
+                streamer=streamer,
+                callback_on_step_end=callback_on_step_end,
+                callback_on_step_end_tensor_inputs=callback_on_step_end_tensor_inputs,
+            ).canvas
+
+        sequences = write_within(self, length, len(row_seeds), write, streamer)
+        return self._text_output(sequences, output_type, return_dict)

@@ -103,7 +103,7 @@ class UnifiedJointPipeline(UnifiedPipeline):
         recipes = partial(self._recipes, row_seeds, shared, caption=texts)
         output = UnifiedJointOutput(
             images=self._pictures(run.canvas, output_type, recipes),
-            sequences=self._sequences(run.canvas),
+            sequences=self.sequences(run.canvas),
             texts=texts,
         )
         return output if return_dict else output.to_tuple()

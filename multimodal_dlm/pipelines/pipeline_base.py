@@ -222,11 +222,11 @@ class UnifiedPipeline(ScoringMixin, SharingMixin, DiffusionPipeline):
         return tuple(codes)
 
     def _text_output(
-        self, canvas: Canvas, output_type: str, return_dict: bool
+        self, sequences: Tensor, output_type: str, return_dict: bool
     ) -> UnifiedTextOutput | tuple:
-        """Sequences and texts of a finished canvas."""
-        texts = self.processor.decode_text(canvas) if output_type == "text" else None
-        output = UnifiedTextOutput(self._sequences(canvas), texts)
+        """Sequences of text codes and their texts."""
+        texts = self.processor.decode_sequences(sequences) if output_type == "text" else None
+        output = UnifiedTextOutput(sequences, texts)
         return output if return_dict else output.to_tuple()
 
     def _encode_pixels(self, pixels: Tensor) -> Codes:
@@ -258,8 +258,8 @@ class UnifiedPipeline(ScoringMixin, SharingMixin, DiffusionPipeline):
                 attach_recipe(image, recipe)
         return images
 
-    def _sequences(self, canvas: Canvas) -> Tensor:
-        """Text codes of the whole answer window."""
+    def sequences(self, canvas: Canvas) -> Tensor:
+        """Text codes of the whole answer window, (batch, positions), on the CPU."""
         ids = canvas.input_ids[:, canvas.window_slice(self.processor.answer_window)]
         is_padding = canvas.is_padding[:, canvas.window_slice(self.processor.answer_window)]
         fill = self.processor.vocabulary.special_id("fill")

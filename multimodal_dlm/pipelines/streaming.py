@@ -30,6 +30,44 @@ class Streamer(Protocol):
         ...
 
 
+def check_streamer(streamer: Streamer, num_texts: int) -> None:
+    """Refuse a streamer for several texts, or one without its methods.
+
+    Raises:
+        ConfigError: In both cases.
+    """
+    if num_texts != 1:
+        raise ConfigError(
+            f"`streamer` follows one text; got {num_texts} rows. Call the pipeline once per text,"
+            " or leave the streamer out."
+        )
+    for name in ("put", "end"):
+        if not callable(getattr(streamer, name, None)):
+            raise ConfigError(
+                f"`streamer` must have `put` and `end`; {type(streamer).__name__} has no"
+                f" `{name}`. Use `transformers.TextStreamer(pipe.tokenizer)`."
+            )
+
+
+def stream_whole(processor: UnifiedProcessor, streamer: Streamer, sequence: Tensor) -> None:
+    """Put a text that is finished at once, and end.
+
+    Args:
+        processor: Decodes the draft.
+        streamer: Receives it.
+        sequence: Text codes (positions,), `<eos>` and `<fill>` among them.
+    """
+    try:
+        codes = processor.content(sequence)
+        put_draft = getattr(streamer, "put_draft", None)
+        if put_draft is not None:
+            put_draft(str(processor.tokenizer.decode(codes)))
+        if codes:
+            streamer.put(torch.tensor(codes, dtype=torch.long))
+    finally:
+        streamer.end()
+
+
 class TextStream:
     """Feeds a streamer from the canvases of one run.
 
@@ -46,17 +84,7 @@ class TextStream:
     """
 
     def __init__(self, processor: UnifiedProcessor, streamer: Streamer, canvas: Canvas) -> None:
-        if canvas.batch_size != 1:
-            raise ConfigError(
-                f"`streamer` follows one text; got {canvas.batch_size} rows. Call the pipeline once"
-                " per text, or leave the streamer out."
-            )
-        for name in ("put", "end"):
-            if not callable(getattr(streamer, name, None)):
-                raise ConfigError(
-                    f"`streamer` must have `put` and `end`; {type(streamer).__name__} has no"
-                    f" `{name}`. Use `transformers.TextStreamer(pipe.tokenizer)`."
-                )
+        check_streamer(streamer, canvas.batch_size)
         self.processor = processor
         self.streamer = streamer
         self._num_put = 0

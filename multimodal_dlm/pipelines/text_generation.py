@@ -1,6 +1,7 @@
 """Texts from instructions, from nothing, and into the gaps of templates."""
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from multimodal_dlm.pipelines.pipeline_base import Callback, UnifiedPipeline
 from multimodal_dlm.pipelines.pixels import check_output_type, to_pixels
 from multimodal_dlm.pipelines.randomness import Generators, draw_row_seeds
 from multimodal_dlm.pipelines.streaming import Streamer
+from multimodal_dlm.pipelines.text_length import TextLength, write_within
 from multimodal_dlm.processing import MASK_MARKER
 
 TEXT_LENGTH = 24
@@ -55,8 +57,9 @@ class UnifiedTextGenerationPipeline(UnifiedPipeline):
             template: Text or texts in which each `[MASK]` is one token to write, in place of
                 `prompt`.
             image: Pictures the templates are about, one each.
-            gen_length: Positions of the text, by default 24 or the model's longest text; a template
-                has its own length.
+            gen_length: Longest text in tokens, its end included, by default 24 or the model's
+                longest text. A text that fits is the same under every limit up to that, see
+                `text_length`. A template has its own length.
             num_inference_steps: Steps; by default one per position to write.
             guidance_scale: g in u + g (c - u); 1.0 is off. The instruction, or the picture of a
                 template, is the condition.
@@ -77,40 +80,52 @@ class UnifiedTextGenerationPipeline(UnifiedPipeline):
         check_count("num_texts_per_prompt", num_texts_per_prompt)
         check_guidance(guidance_scale, guidance_start, guidance_stop)
         check_output_type(output_type, TEXT_OUTPUT_TYPES)
-        build = self._prompt_canvas if template is None else self._template_canvas
-        canvas = build(prompt, template, image, gen_length, num_texts_per_prompt)
-        if num_inference_steps is None:
-            num_inference_steps = max(1, int(canvas.is_free.sum(dim=1).max()))
-        check_count("num_inference_steps", num_inference_steps)
-        run = self._denoise(
-            canvas,
-            num_inference_steps=num_inference_steps,
-            row_seeds=draw_row_seeds(generator, canvas.batch_size),
+        if num_inference_steps is not None:
+            check_count("num_inference_steps", num_inference_steps)
+        run = partial(
+            self._denoise,
             guidance_scale=guidance_scale,
             branches=classifier_free(self.processor.unconditional, guidance_scale),
             guidance_start=guidance_start,
             guidance_stop=guidance_stop,
-            streamer=streamer,
             callback_on_step_end=callback_on_step_end,
             callback_on_step_end_tensor_inputs=callback_on_step_end_tensor_inputs,
         )
-        return self._text_output(run.canvas, output_type, return_dict)
+        if template is not None:
+            canvas = self._template_canvas(
+                prompt, template, image, gen_length, num_texts_per_prompt
+            )
+            gaps = max(1, int(canvas.is_free.sum(dim=1).max()))
+            finished = run(
+                canvas,
+                num_inference_steps=num_inference_steps or gaps,
+                row_seeds=draw_row_seeds(generator, canvas.batch_size),
+                streamer=streamer,
+            )
+            return self._text_output(self.sequences(finished.canvas), output_type, return_dict)
+        prompts = repeat(self._prompts(prompt, image), num_texts_per_prompt)
+        row_seeds = draw_row_seeds(generator, len(prompts))
+        length = TextLength.resolve(gen_length, TEXT_LENGTH, self.processor)
 
-    def _prompt_canvas(
-        self, prompt: Any, template: Any, image: Any, gen_length: int | None, times: int
-    ) -> Canvas:
-        """Instructions clean, answers masked."""
-        del template
+        def write(window: int, rows: Sequence[int], streamer: Streamer | None) -> Canvas:
+            return run(
+                self.processor.text([prompts[row] for row in rows], gen_length=window),
+                num_inference_steps=num_inference_steps or window,
+                row_seeds=[row_seeds[row] for row in rows],
+                streamer=streamer,
+            ).canvas
+
+        sequences = write_within(self, length, len(prompts), write, streamer)
+        return self._text_output(sequences, output_type, return_dict)
+
+    def _prompts(self, prompt: Any, image: Any) -> list[str | None]:
+        """The instructions; None for a text without any."""
         if image is not None:
             raise ConfigError(
                 "`image` goes with `template` here; got it without. Use"
                 " `UnifiedImageToTextPipeline` for captions and questions."
             )
-        longest = self.processor.layout["max_window"]["text"]
-        gen_length = min(TEXT_LENGTH, longest) if gen_length is None else gen_length
-        check_count("gen_length", gen_length, maximum=longest)
-        prompts = [None] if prompt is None else as_texts("prompt", prompt)
-        return self.processor.text(repeat(prompts, times), gen_length=gen_length)
+        return [None] if prompt is None else [*as_texts("prompt", prompt)]
 
     def _template_canvas(
         self, prompt: Any, template: Any, image: Any, gen_length: int | None, times: int

@@ -14,7 +14,7 @@ from multimodal_dlm.pipelines import (
     UnifiedTextGenerationPipeline,
     UnifiedTextToImagePipeline,
 )
-from tests.pipelines.tiny import IMAGE_SIZE
+from tests.pipelines.tiny import IMAGE_SIZE, MAX_TEXT
 
 
 @dataclass(frozen=True)
@@ -68,7 +68,7 @@ CASES = (
         UnifiedTextGenerationPipeline,
         tuple({"prompt": question} for question in QUESTIONS),
         {"output_type": "seq"},
-        {"gen_length": 7, "num_inference_steps": 4},
+        {"gen_length": MAX_TEXT, "num_inference_steps": 4},
     ),
     Case(
         UnifiedJointPipeline,

@@ -11,7 +11,7 @@ from multimodal_dlm.pipelines import UnifiedImageToTextPipeline, UnifiedTextGene
 from multimodal_dlm.processing import MASK_MARKER
 from multimodal_dlm.schedulers import ConfidenceScheduler
 from tests.pipelines.registry import picture
-from tests.pipelines.tiny import seeded
+from tests.pipelines.tiny import MAX_TEXT, seeded
 
 NOISY = {"text": {"temperature": 1.0, "choice_temperature": 2.0, "eos_column": 0, "fill_column": 1}}
 
@@ -45,7 +45,7 @@ def pipe(make):
 @pytest.mark.parametrize("seed", range(6))
 def test_tokens_add_up_to_the_text(pipe, seed):
     streamer = Recorder()
-    output = pipe("what?", gen_length=10, generator=seeded(seed), streamer=streamer)
+    output = pipe("what?", gen_length=MAX_TEXT, generator=seeded(seed), streamer=streamer)
     row = output.sequences[0].tolist()
     content = row[: row.index(0)] if 0 in row else row
     assert streamer.codes == content
@@ -58,15 +58,15 @@ def test_tokens_add_up_to_the_text(pipe, seed):
 
 
 def test_streaming_changes_nothing(pipe):
-    plain = pipe("what?", gen_length=10, generator=seeded(0))
-    streamed = pipe("what?", gen_length=10, generator=seeded(0), streamer=Recorder())
+    plain = pipe("what?", gen_length=MAX_TEXT, generator=seeded(0))
+    streamed = pipe("what?", gen_length=MAX_TEXT, generator=seeded(0), streamer=Recorder())
     assert torch.equal(plain.sequences, streamed.sequences)
 
 
 def test_some_tokens_arrive_before_the_end(pipe):
     recorders = [Recorder() for _ in range(6)]
     for seed, streamer in enumerate(recorders):
-        pipe("what?", gen_length=10, generator=seeded(seed), streamer=streamer)
+        pipe("what?", gen_length=MAX_TEXT, generator=seeded(seed), streamer=streamer)
     assert max(streamer.num_puts for streamer in recorders) > 1
 
 
@@ -85,24 +85,46 @@ def test_streamers_of_transformers_work(make, capsys):
     thread.join()
 
 
-def test_a_failure_ends_the_stream(pipe):
+@pytest.mark.parametrize("gen_length", [1, 2, 5, 12])
+def test_a_short_limit_streams_what_it_returns(pipe, gen_length):
+    streamer = Recorder()
+    output = pipe("what?", gen_length=gen_length, generator=seeded(0), streamer=streamer)
+    row = output.sequences[0].tolist()
+    assert streamer.codes == row[: row.index(0)]
+    assert streamer.num_ends == 1
+    assert streamer.drafts[-1].strip() == output.texts[0]
+
+
+@pytest.mark.parametrize("gen_length", [3, MAX_TEXT])
+def test_a_failure_ends_the_stream(pipe, gen_length):
     def fail(*_):
         raise ValueError("stop")
 
     streamer = Recorder()
     with pytest.raises(ValueError, match="stop"):
-        pipe("what?", generator=seeded(0), streamer=streamer, callback_on_step_end=fail)
+        pipe(
+            "what?",
+            gen_length=gen_length,
+            generator=seeded(0),
+            streamer=streamer,
+            callback_on_step_end=fail,
+        )
     assert streamer.num_ends == 1
 
 
-def test_an_interrupted_run_streams_what_it_returns(pipe):
+@pytest.mark.parametrize("gen_length", [8, MAX_TEXT])
+def test_an_interrupted_run_streams_what_it_returns(pipe, gen_length):
     def stop(pipe, step, timestep, tensors):
         pipe._interrupt = step == 1
         return {}
 
     streamer = Recorder()
     output = pipe(
-        "what?", gen_length=8, generator=seeded(0), streamer=streamer, callback_on_step_end=stop
+        "what?",
+        gen_length=gen_length,
+        generator=seeded(0),
+        streamer=streamer,
+        callback_on_step_end=stop,
     )
     row = output.sequences[0].tolist()
     assert streamer.codes == [c for c in (row[: row.index(0)] if 0 in row else row) if c != 1]
