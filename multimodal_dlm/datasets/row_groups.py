@@ -207,7 +207,8 @@ def unpack_group(members: Mapping[str, bytes], where: str) -> RowGroup:
     except (ValueError, KeyError, TypeError, EOFError, RecursionError) as error:
         raise DataError(
             f"{where} must be a group of rows written by `multimodal-dlm data tokenize`; got"
-            f" {type(error).__name__}: {error}. Tokenize again."
+            f" {type(error).__name__}: {error}. Tokenize again.",
+            reason="row_group",
         ) from error
     group = RowGroup(records, lengths, ids, codebooks, made_from)
     _check_group(group, digest, where)
@@ -216,7 +217,7 @@ def unpack_group(members: Mapping[str, bytes], where: str) -> RowGroup:
 
 def _check_group(group: RowGroup, digest: str, where: str) -> None:
     def fail(rule: str, value: object) -> None:
-        raise DataError(f"{where}: {rule}; got {value}. Tokenize again.")
+        raise DataError(f"{where}: {rule}; got {value}. Tokenize again.", reason="row_group")
 
     books, ids = group.codebooks, group.ids
     if not 1 <= len(group) <= MAX_GROUP_ROWS:

@@ -29,6 +29,7 @@ class RowReader(ShardReader):
         super().__init__(source.splits.get(split, ()), source=source.name)
         self.codebooks = source.codebooks
         self._rows: dict[int, tuple[Row, ...]] = {}
+        self._damaged: dict[int, DataError] = {}
 
     def __getitem__(self, index: int) -> Sample:
         """Sample `index`, without its picture."""
@@ -68,10 +69,16 @@ class RowReader(ShardReader):
         return row, f"Shard {self.shards[number].path.name}, key {row.record.key}"
 
     def _open(self, number: int) -> tuple[Row, ...]:
+        if number in self._damaged:
+            raise self._damaged[number]
         if number not in self._rows:
             while len(self._rows) >= OPEN_SHARDS:
                 del self._rows[next(iter(self._rows))]
-            self._rows[number] = self._read_rows(number)
+            try:
+                self._rows[number] = self._read_rows(number)
+            except DataError as error:
+                self._damaged[number] = error
+                raise
         return self._rows[number]
 
     def _read_rows(self, number: int) -> tuple[Row, ...]:
@@ -81,17 +88,20 @@ class RowReader(ShardReader):
             if shard.origin is None or group.made_from != shard.origin.sha256:
                 raise DataError(
                     f"Shard {shard.path} must be made from the raw shard that the manifest names;"
-                    f" it was made from one with SHA-256 {group.made_from}. {_REMEDY}"
+                    f" it was made from one with SHA-256 {group.made_from}. {_REMEDY}",
+                    reason="row_group",
                 )
             if group.codebooks != self.codebooks:
                 raise DataError(
                     f"Shard {shard.path} must be made with the tokenizers that the manifest names;"
-                    f" it was made with others. {_REMEDY}"
+                    f" it was made with others. {_REMEDY}",
+                    reason="row_group",
                 )
             rows += group.rows()
         if len(rows) != shard.count:
             raise DataError(
-                f"Shard {shard.path} must hold {shard.count} rows; got {len(rows)}. {_REMEDY}"
+                f"Shard {shard.path} must hold {shard.count} rows; got {len(rows)}. {_REMEDY}",
+                reason="row_group",
             )
         return tuple(rows)
 

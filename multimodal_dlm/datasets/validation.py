@@ -75,11 +75,11 @@ def validate_manifest(
     Nothing stops it: every fault of a shard is a finding, its good samples are checked all the
     same. Reasons of shards: `missing_shard`, `shard_size`, `digest` (other bytes than the
     manifest's SHA-256), `damaged_tar`, `member_type`, `member_name`, `member_size`,
-    `duplicate_member`, `index`, `count`. Of samples: `missing_member`, `cut_off`, `checksum`,
-    `record`, `key`, `text`, `picture`, `duplicate_key` (twice in a split), `leaked_key` (in two
-    splits), `split` and `source` (the record says another one). Warnings: `same_picture` (a
-    held-out picture that is byte for byte a training picture of its source) and `mixed_sizes`
-    (pictures of a source differ in size).
+    `duplicate_member`, `index`, `count`, `row_group` (of a pre-tokenized shard). Of samples:
+    `missing_member`, `cut_off`, `checksum`, `record`, `key`, `text`, `picture`, `duplicate_key`
+    (twice in a split), `leaked_key` (in two splits), `split` and `source` (the record says another
+    one). Warnings: `same_picture` (a held-out picture that is byte for byte a training picture of
+    its source) and `mixed_sizes` (pictures of a source differ in size).
 
     Args:
         manifest: What to check.
@@ -92,12 +92,13 @@ def validate_manifest(
         for split in source.splits:
             reader = open_reader(source, split, is_lenient=True)
             _check_shards(reader, found, source.name, split)
+            told = {finding.message for finding in found.findings}
             for index in range(len(reader)):
                 done += 1
                 problem = _check_sample(reader, index, split, seen)
                 if problem is None:
                     found.num_good += 1
-                else:
+                elif str(problem) not in told:  # Not again for each row of a damaged group.
                     found.findings.append(Finding(problem.reason, source.name, split, str(problem)))
                 if progress is not None:
                     progress(done, found.num_samples)

@@ -169,7 +169,7 @@ def test_validation_finds_what_is_wrong_with_a_shard(root, tmp_path):
     content[700] ^= 1
     shard.write_bytes(content)
     found = validate_manifest(open_manifest(path))
-    assert found.counts == {"digest": 1, "shard": 1}
+    assert found.counts == {"digest": 1, "row_group": 1}
     assert found.num_good == sum(SIZES.values()) - 4
     assert "the SHA-256 of the ids must be" in found.findings[1].message
 
