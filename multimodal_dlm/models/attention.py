@@ -9,6 +9,7 @@ changes a process-wide default.
 from typing import Any, cast
 
 import torch
+import torch.nn.functional as F
 from diffusers.models.attention import AttentionModuleMixin
 from diffusers.models.attention_dispatch import AttentionBackendName, dispatch_attention_fn
 from jaxtyping import Float
@@ -16,8 +17,8 @@ from torch import Tensor, nn
 
 from multimodal_dlm.errors import BackendError, unknown_name
 from multimodal_dlm.models.attention_plan import AttentionPlan
+from multimodal_dlm.models.cache_base import LayerStore
 from multimodal_dlm.models.fused import RotaryAttention, use_fused, wide_linear
-from multimodal_dlm.models.kv_cache import ExactCache
 from multimodal_dlm.models.positions import Rotary, apply_rotary
 
 EAGER_MAX_LENGTH = 320
@@ -83,7 +84,7 @@ class UnifiedAttnProcessor:
         hidden_states: Float[Tensor, "batch length width"],
         rotary: Rotary,
         plan: AttentionPlan,
-        kv_cache: ExactCache | None,
+        kv_cache: LayerStore | None,
     ) -> Float[Tensor, "batch length width"]:
         """Queries of `hidden_states` against its own keys, and the cached ones if there are any."""
         qkv = wide_linear(attn.to_qkv, hidden_states)
@@ -99,6 +100,14 @@ class UnifiedAttnProcessor:
             key, value = kv_cache.update(attn.layer, key, value)
         if backend == "eager":
             out = eager_attention(query, key, value, plan.bias(query.dtype))
+        elif backend == "native" and self._parallel_config is None:
+            out = F.scaled_dot_product_attention(
+                query.transpose(1, 2),
+                key.transpose(1, 2),
+                value.transpose(1, 2),
+                attn_mask=plan.mask,
+                enable_gqa=attn.num_heads != attn.num_key_value_heads,
+            ).transpose(1, 2)
         else:
             out = dispatch_attention_fn(
                 query,
@@ -111,7 +120,7 @@ class UnifiedAttnProcessor:
             )
         return attn.to_out(out.flatten(2))
 
-    def choose(self, qkv: Tensor, plan: AttentionPlan, kv_cache: ExactCache | None) -> str:
+    def choose(self, qkv: Tensor, plan: AttentionPlan, kv_cache: LayerStore | None) -> str:
         """The name of the backend to use; `auto` resolved by device, dtype and length."""
         name = self._attention_backend
         if name is not None and name != "auto":
@@ -199,7 +208,7 @@ class UnifiedAttention(nn.Module, AttentionModuleMixin):
         hidden_states: Tensor,
         rotary: Rotary,
         plan: AttentionPlan,
-        kv_cache: ExactCache | None = None,
+        kv_cache: LayerStore | None = None,
     ) -> Tensor:
         """Attend under the plan; (batch, length, width) in and out."""
         processor = cast("UnifiedAttnProcessor", self.processor)

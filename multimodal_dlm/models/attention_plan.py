@@ -98,6 +98,17 @@ class AttentionPlan:
         mask = self.mask[:, :, open_columns][:, :, :, keys]
         return AttentionPlan(None if bool(mask.all()) else mask, order, padding)
 
+    def select_rows(self, rows: Int[Tensor, " rows"]) -> "AttentionPlan":
+        """The plan of some rows."""
+        mask = None if self.mask is None else self.mask[rows]
+        if mask is not None and bool(mask.all()):
+            mask = None
+        return AttentionPlan(mask, self.order[rows], self.is_padding[rows])
+
+    def restrict(self, columns: Int[Tensor, " columns"]) -> "AttentionPlan":
+        """The plan of some columns that see nothing but each other."""
+        return self.select(columns, columns[:0])
+
     def bias(self, dtype: torch.dtype) -> Float[Tensor, "batch 1 queries keys"] | None:
         """0 where visible, -inf elsewhere, to be added to scores; made once per dtype."""
         if self.mask is None:

@@ -6,8 +6,13 @@ opens when every free group of lower order is closed. So the columns below the l
 still has a free mask are final: the condition before the first step, then one block after the other
 (Arriola et al. 2025, arXiv 2503.09573, section 3). Columns above the order that is being written
 are neither seen nor written yet, and are not computed at all.
+
+Columns of the lowest order see nothing but each other. So where rows share them (one picture and
+many questions, the unconditional branch of every row) they are computed once for all rows, and
+kept for later calls.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -16,14 +21,32 @@ from torch import Tensor
 
 from multimodal_dlm.errors import ConfigError
 from multimodal_dlm.models.attention_plan import AttentionPlan
+from multimodal_dlm.models.cache_base import Compute, KeyValueCache, Tokens, previous_columns
+from multimodal_dlm.models.prefix_memory import Prefix, PrefixMemory, Recorder
 
 
 @dataclass(frozen=True)
 class ExactCacheConfig:
-    """Asks for the exact cache: `transformer.enable_cache(ExactCacheConfig())`."""
+    """Asks for the exact cache: `transformer.enable_cache(ExactCacheConfig())`.
+
+    Args:
+        num_prefixes: Rows' prefixes kept from call to call; the oldest goes first. 0 keeps none.
+
+    Raises:
+        ConfigError: When the number is no whole number, 0 or more.
+    """
+
+    num_prefixes: int = 32
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.num_prefixes, int) or self.num_prefixes < 0:
+            raise ConfigError(
+                f"`num_prefixes` must be a whole number, 0 or more; got {self.num_prefixes!r}. Use"
+                " 0 to keep nothing between calls."
+            )
 
 
-class ExactCache:
+class ExactCache(KeyValueCache):
     """Keys and values of the final columns of one canvas; nothing in it is approximate.
 
     A forward computes the open columns, and with them those that have become final since the last
@@ -34,12 +57,21 @@ class ExactCache:
     Args:
         plan: Plan of the canvas.
         is_free: Positions the sampler may write, (batch, length).
+        logits_shift: The model's: 1 where a token is read from the state of the one before it.
+        memory: Prefixes of earlier calls; None shares within this canvas only.
 
     Raises:
         ConfigError: When the shapes differ.
     """
 
-    def __init__(self, plan: AttentionPlan, is_free: Bool[Tensor, "batch length"]) -> None:
+    def __init__(
+        self,
+        plan: AttentionPlan,
+        is_free: Bool[Tensor, "batch length"],
+        *,
+        logits_shift: int = 0,
+        memory: PrefixMemory | None = None,
+    ) -> None:
         if is_free.shape != plan.order.shape:
             raise ConfigError(
                 f"`is_free` must have the plan's shape {tuple(plan.order.shape)}; got"
@@ -50,8 +82,13 @@ class ExactCache:
         self._whole = plan
         self._beyond = int(plan.order.max()) + 1 if plan.order.numel() else 0
         self._current: int | None = None
-        self._reach = -1
+        self._reach: int | None = None
         self._wanted = -1
+        self._memory = PrefixMemory(0) if memory is None else memory
+        source = plan.order
+        if logits_shift:
+            source = plan.order.gather(1, previous_columns(plan.is_padding))
+        self._source_order = source
         self.open: Int[Tensor, " open"] = torch.arange(self.length, device=is_free.device)
         self._forget()
 
@@ -62,18 +99,41 @@ class ExactCache:
         self._current = None
         self._keys_values: dict[int, tuple[Tensor, Tensor]] = {}
         self._states: Tensor | None = None
+        self._pending: _Base | None = None
 
     @property
     def length(self) -> int:
         """Columns of the canvas."""
         return self._whole.order.shape[1]
 
-    def reach(self, order: int) -> None:
-        """Ask the next forwards for the columns up to an order, whatever waits below it.
+    def read(self, columns: Sequence[int] | slice) -> None:
+        """Say which columns' logits the next forwards are for.
 
-        Without it they compute up to the lowest order with a free mask.
+        Only what they need is computed then: with shifted logits a token is read from the state of
+        the one before it, so a causal step computes one column, the token that was written last.
+        Without it the forwards compute everything up to the lowest order with a free mask.
         """
-        self._reach = order
+        part = self._source_order[:, columns]
+        self._reach = int(part.max()) if part.numel() else None
+
+    def run(self, compute: Compute, tokens: Tokens) -> Float[Tensor, "batch length width"]:
+        """States of the whole canvas, 0 in columns that have not been computed yet."""
+        self._share_base(compute, tokens)
+        columns = self.begin(tokens.noise_levels, tokens.input_ids)
+        return self.finish(compute(tokens.select(columns), self.plan, self))
+
+    def select_rows(self, rows: Int[Tensor, " rows"]) -> None:
+        """Go on with some of the rows."""
+        self.is_free, self._whole = self.is_free[rows], self._whole.select_rows(rows)
+        self._source_order = self._source_order[rows]
+        self.plan = self._whole.select(self.open, self.kept)
+        if self._kept_ids is not None:
+            self._kept_ids = self._kept_ids[rows]
+        if self._states is not None:
+            self._states = self._states[rows]
+        self._keys_values = {
+            layer: (keys[rows], values[rows]) for layer, (keys, values) in self._keys_values.items()
+        }
 
     def begin(
         self,
@@ -100,10 +160,10 @@ class ExactCache:
         current = int(order.masked_fill(~is_waiting, self._beyond).min()) if order.numel() else 0
         if self._is_stale(current, input_ids):
             self._forget()
-        wanted = max(current, self._reach)
+        wanted = current if self._reach is None else self._reach
         if (current, wanted) != (self._current, self._wanted):
             is_final = ((order < current) | padding).all(dim=0)
-            is_open = ((order <= wanted) & ~padding).any(dim=0)
+            is_open = ((order <= max(wanted, current - 1)) & ~padding).any(dim=0)
             is_open[self.kept] = False
             final = (is_final & is_open).nonzero().flatten()
             self.open = torch.cat([final, (is_open & ~is_final).nonzero().flatten()])
@@ -151,16 +211,90 @@ class ExactCache:
             self.open = self.open[self._num_final :]
             self.plan = self._whole.select(self.open, self.kept)
             self._num_final = 0
+        if self._pending is not None:
+            self._remember(self._pending)
         return self._states.clone()
 
+    # The columns of the lowest order.
 
-def build_cache(
-    config: object, plan: AttentionPlan, is_free: Bool[Tensor, "batch length"]
-) -> ExactCache | None:
-    """The cache that a config asks for; None where nothing can ever be kept (full attention)."""
-    if isinstance(config, ExactCacheConfig):
-        has_orders = bool((plan.order != plan.order[:, :1]).any())
-        return ExactCache(plan, is_free) if has_orders else None
-    raise ConfigError(
-        f"Unknown cache config `{type(config).__name__}`. Available: `ExactCacheConfig`."
-    )
+    def _share_base(self, compute: Compute, tokens: Tokens) -> None:
+        """Before the first forward: take the base of each row from memory or from another row.
+
+        Where every row needs its own the first forward computes it with the rest, and it is
+        remembered afterwards.
+        """
+        if self._current is not None or tokens.input_ids is None or tokens.has_conditioning:
+            return
+        base = self._base(tokens)
+        if base is None:
+            return
+        missing = {key: row for row, key in enumerate(base.keys) if key not in self._memory}
+        if len(missing) == len(base.keys):
+            self._pending = base
+            return
+        if missing:
+            rows = torch.tensor(list(missing.values()), device=tokens.input_ids.device)
+            plan = self._whole.select_rows(rows).restrict(base.columns)
+            recorder = Recorder()
+            states = compute(tokens.select(base.columns).select_rows(rows), plan, recorder)
+            found = {key: recorder.prefix(states, row) for row, key in enumerate(missing)}
+        else:
+            found = {}
+        self._adopt(base, [found.get(key) or self._memory.get(key) for key in base.keys], tokens)
+        self._memory.add(found)
+
+    def _base(self, tokens: Tokens) -> "_Base | None":
+        """Final columns of the lowest order; None without any, or when one may still change."""
+        order, padding = self._whole.order, self._whole.is_padding
+        lowest = int(order.masked_fill(padding, self._beyond).min()) if order.numel() else 0
+        is_base = (order == lowest) & ~padding
+        is_waiting = self.is_free & (tokens.noise_levels > 0) & is_base
+        columns = (is_base.any(dim=0) & (is_base | padding).all(dim=0)).nonzero().flatten()
+        if not len(columns) or bool(is_waiting.any()):
+            return None
+        if not bool((~is_base & ~padding).any()):
+            return None  # Nothing would be left to compute with it.
+        part = tokens.select(columns)
+        mask = self._whole.restrict(columns).mask
+        return _Base(columns, part.row_keys(padding[:, columns], mask))
+
+    def _adopt(self, base: "_Base", prefixes: Sequence[Prefix | None], tokens: Tokens) -> None:
+        """Begin with the base kept."""
+        given = [prefix for prefix in prefixes if prefix is not None]
+        assert tokens.input_ids is not None
+        rows, count = len(given), len(base.columns)
+        for layer in given[0].keys_values:
+            for_layer = [prefix.keys_values[layer] for prefix in given]
+            shape = (rows, self.length, *for_layer[0][0].shape[1:])
+            keys, values = for_layer[0][0].new_empty(shape), for_layer[0][1].new_empty(shape)
+            for row, (own_keys, own_values) in enumerate(for_layer):
+                keys[row, :count], values[row, :count] = own_keys, own_values
+            self._keys_values[layer] = (keys, values)
+        states = given[0].states
+        self._states = states.new_zeros((rows, self.length, states.shape[-1]))
+        self._states[:, base.columns] = torch.stack([prefix.states for prefix in given])
+        self.kept = base.columns
+        self._kept_ids = tokens.input_ids[:, base.columns]
+
+    def _remember(self, base: "_Base") -> None:
+        """Hand the base of every row to the memory, now that a forward has computed it."""
+        assert self._states is not None
+        self._pending = None
+        if self._memory.capacity:
+            places = torch.searchsorted(self.kept, base.columns)
+            found = {}
+            for row, key in enumerate(base.keys):
+                parts = {
+                    layer: (keys[row, places], values[row, places])
+                    for layer, (keys, values) in self._keys_values.items()
+                }
+                found[key] = Prefix(parts, self._states[row, base.columns])
+            self._memory.add(found)
+
+
+@dataclass(frozen=True)
+class _Base:
+    """Columns of the lowest order and, for each row, what their states depend on."""
+
+    columns: Int[Tensor, " base"]
+    keys: list[bytes]

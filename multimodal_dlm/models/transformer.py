@@ -32,7 +32,13 @@ from torch import Tensor, nn
 from multimodal_dlm.errors import BackendError, ConfigError
 from multimodal_dlm.models.attention import OWN_BACKENDS, UnifiedAttention, check_backend
 from multimodal_dlm.models.attention_plan import AttentionPlan
-from multimodal_dlm.models.kv_cache import ExactCache, ExactCacheConfig, build_cache
+from multimodal_dlm.models.cache_base import (
+    KeyValueCache,
+    LayerStore,
+    Tokens,
+    previous_columns,
+)
+from multimodal_dlm.models.caches import CACHE_CONFIGS, CacheChoice
 from multimodal_dlm.models.layers import RMSNorm, SwiGLU, add_gated
 from multimodal_dlm.models.native.functions import can_run, gated_attention, gated_mlp
 from multimodal_dlm.models.noise_conditioning import Gating, Modulation, NoiseConditioning
@@ -76,7 +82,7 @@ class UnifiedTransformerBlock(nn.Module):
         rotary: Rotary,
         plan: AttentionPlan,
         modulation: Modulation | None = None,
-        kv_cache: ExactCache | None = None,
+        kv_cache: LayerStore | None = None,
     ) -> Tensor:
         """(batch, length, width) in and out."""
         first = second = None
@@ -217,7 +223,7 @@ class UnifiedTransformerModel(
         self.norm = RMSNorm(hidden_size, norm_eps)
         self.head = Head(vocab_size, hidden_size, tied=tie_word_embeddings)
         self.gradient_checkpointing = False
-        self._exact_cache: ExactCacheConfig | None = None
+        self._own_cache: CacheChoice | None = None
         self._init_weights(num_layers)
 
     def _init_weights(self, num_layers: int) -> None:
@@ -255,7 +261,7 @@ class UnifiedTransformerModel(
         modality_ids: Int[Tensor, "batch length"] | None = None,
         position_ids: Int[Tensor, "batch length axes"],
         attention_plan: AttentionPlan,
-        kv_cache: ExactCache | None = None,
+        kv_cache: KeyValueCache | None = None,
         conditioning_embeds: Float[Tensor, "batch width"] | None = None,
     ) -> UnifiedTransformerOutput:
         """Hidden states of a canvas.
@@ -267,7 +273,7 @@ class UnifiedTransformerModel(
             modality_ids: Which modality a shared mask id stands for; unused by dense layers.
             position_ids: Rotary coordinates.
             attention_plan: Who sees whom.
-            kv_cache: From `new_cache`; computes the open columns only, see `ExactCache`.
+            kv_cache: From `new_cache`; computes what it does not keep.
             conditioning_embeds: Added to the noise embedding of every token of a row.
 
         Returns:
@@ -279,42 +285,31 @@ class UnifiedTransformerModel(
         )  # A shared mask id has one embedding; only `compute_logits` tells it apart.
         if (input_ids is None) == (inputs_embeds is None):
             raise ConfigError("Give exactly one of `input_ids` and `inputs_embeds`.")
-        plan = attention_plan
-        if kv_cache is not None:
-            columns, plan = kv_cache.begin(noise_levels, input_ids), kv_cache.plan
-            input_ids = None if input_ids is None else input_ids[:, columns]
-            inputs_embeds = None if inputs_embeds is None else inputs_embeds[:, columns]
-            noise_levels, position_ids = noise_levels[:, columns], position_ids[:, columns]
-        hidden_states = self.embed(input_ids) if input_ids is not None else inputs_embeds
-        assert hidden_states is not None
-        hidden_states = hidden_states.to(self._compute_dtype(hidden_states))
-        if hidden_states.shape[1] > 0:
-            hidden_states = self._run_blocks(
-                hidden_states, noise_levels, position_ids, plan, kv_cache, conditioning_embeds
-            )
-        if kv_cache is not None:
-            hidden_states = kv_cache.finish(hidden_states)
+        tokens = Tokens(input_ids, inputs_embeds, noise_levels, position_ids, conditioning_embeds)
+        if kv_cache is None:
+            hidden_states = self._states(tokens, attention_plan, None)
+        else:
+            hidden_states = kv_cache.run(self._states, tokens)
         if self.config["logits_shift"]:
             hidden_states = previous_states(hidden_states, attention_plan.is_padding)
         return UnifiedTransformerOutput(hidden_states=hidden_states)
 
-    def _run_blocks(
-        self,
-        hidden_states: Tensor,
-        noise_levels: Tensor,
-        position_ids: Tensor,
-        plan: AttentionPlan,
-        kv_cache: ExactCache | None,
-        conditioning_embeds: Tensor | None,
-    ) -> Tensor:
-        """Embeddings -> normalised final states of the same columns."""
-        modulation = self.level_conditioning(noise_levels, conditioning_embeds)
+    def _states(self, tokens: Tokens, plan: AttentionPlan, kv_cache: LayerStore | None) -> Tensor:
+        """Normalised final states of the tokens given."""
+        ids, embeds = tokens.input_ids, tokens.inputs_embeds
+        hidden_states = self.embed(ids) if ids is not None else embeds
+        assert hidden_states is not None
+        hidden_states = hidden_states.to(self._compute_dtype(hidden_states))
+        if hidden_states.shape[1] == 0:
+            return hidden_states
+        noise_levels = tokens.noise_levels
+        modulation = self.level_conditioning(noise_levels, tokens.conditioning_embeds)
         if modulation is not None and self.level_conditioning.kind == "additive":
             added = self.level_conditioning.token_embedding(modulation, noise_levels > 0)
             hidden_states = hidden_states + added.to(hidden_states.dtype)
             modulation = None
         rotary = rotary_tables(
-            position_ids,
+            tokens.position_ids,
             axes_dims=self.rotary_axes,
             theta=self.config["rope_theta"],
             dtype=hidden_states.dtype,
@@ -382,8 +377,8 @@ class UnifiedTransformerModel(
             raise ConfigError(
                 "A cache is enabled already; got a second one. Call `disable_cache()` first."
             )
-        if isinstance(config, ExactCacheConfig):
-            self._exact_cache = config
+        if isinstance(config, CACHE_CONFIGS):
+            self._own_cache = CacheChoice(config)
             return
         TransformerBlockRegistry.register(
             UnifiedTransformerBlock, TransformerBlockMetadata(return_hidden_states_index=0)
@@ -392,23 +387,21 @@ class UnifiedTransformerModel(
 
     def disable_cache(self) -> None:
         """No cache."""
-        if self._exact_cache is None and self._cache_config is not None:
+        if self._own_cache is None and self._cache_config is not None:
             super().disable_cache()
             self._cache_config = None
-        self._exact_cache = None
+        self._own_cache = None
 
     @property
     def is_cache_enabled(self) -> bool:
         """True after `enable_cache`."""
-        return self._exact_cache is not None or self._cache_config is not None
+        return self._own_cache is not None or self._cache_config is not None
 
     def new_cache(
         self, plan: AttentionPlan, is_free: Bool[Tensor, "batch length"]
-    ) -> ExactCache | None:
+    ) -> KeyValueCache | None:
         """A cache for one canvas and one branch, or None when none of ours was chosen."""
-        if self._exact_cache is None:
-            return None
-        return build_cache(self._exact_cache, plan, is_free)
+        return None if self._own_cache is None else self._own_cache.build(self, plan, is_free)
 
     # Adapters.
 
@@ -441,7 +434,5 @@ def previous_states(
     hidden_states: Float[Tensor, "batch length width"], is_padding: Bool[Tensor, "batch length"]
 ) -> Float[Tensor, "batch length width"]:
     """The state of the previous non-padding token of the row (of the token itself at the start)."""
-    index = torch.arange(is_padding.shape[1], device=is_padding.device).expand(is_padding.shape)
-    last = torch.where(is_padding, -1, index).cummax(dim=1).values
-    previous = F.pad(last[:, :-1], (1, 0), value=0).clamp(min=0)
+    previous = previous_columns(is_padding)
     return hidden_states.gather(1, previous.unsqueeze(-1).expand_as(hidden_states))

@@ -70,6 +70,7 @@ class _Forwards:
     branches: list[Branch]
     plans: dict[str, AttentionPlan]
     caches: dict[str, Any]
+    rows: Tensor
     num_forwards: int = 0
 
     @classmethod
@@ -77,20 +78,45 @@ class _Forwards:
         cls, transformer: Any, branches: Sequence[Branch], num_forwards: int = 0
     ) -> "_Forwards":
         """Build one attention plan and one cache per branch."""
-        plans = {branch.name: AttentionPlan.from_canvas(branch.canvas) for branch in branches}
-        caches = {
-            branch.name: transformer.new_cache(plans[branch.name], branch.canvas.is_free)
-            for branch in branches
-        }
-        return cls(transformer, list(branches), plans, caches, num_forwards)
+        canvas = branches[0].canvas
+        rows = torch.arange(canvas.batch_size, device=canvas.device)
+        forwards = cls(transformer, list(branches), {}, {}, rows, num_forwards)
+        forwards._prepare(rows)
+        return forwards
+
+    def _prepare(self, rows: Tensor) -> None:
+        """Plans and caches of some rows, from nothing."""
+        self.rows = rows
+        for branch in self.branches:
+            canvas = branch.canvas.select_rows(rows)
+            plan = AttentionPlan.from_canvas(canvas)
+            self.plans[branch.name] = plan
+            self.caches[branch.name] = self.transformer.new_cache(plan, canvas.is_free)
+
+    def focus(self, rows: Tensor) -> None:
+        """Compute these rows from now on: plans and caches follow, and begin anew for new ones."""
+        if torch.equal(rows, self.rows):
+            return
+        if not bool(torch.isin(rows, self.rows).all()):
+            self._prepare(rows)
+            return
+        places = torch.searchsorted(self.rows, rows)
+        self.plans = {name: plan.select_rows(places) for name, plan in self.plans.items()}
+        for cache in self.caches.values():
+            if cache is not None:
+                cache.select_rows(places)
+        self.rows = rows
 
     def __call__(self, branch: Branch, groups: Sequence[Group] | None = None) -> Any:
         """One call of the backbone on a branch, for the states of some groups or of all columns."""
         self.num_forwards += 1
         canvas = branch.canvas
+        if len(self.rows) < canvas.batch_size:
+            canvas = canvas.select_rows(self.rows)
         cache = None if groups is None else self.caches[branch.name]
         if cache is not None and groups:
-            cache.reach(max(int(canvas.order[:, g.columns(canvas)].max()) for g in groups))
+            parts = [g.columns(canvas) for g in groups]
+            cache.read([column for part in parts for column in range(part.start, part.stop)])
         with self.transformer.cache_context(branch.name):
             return self.transformer(
                 canvas.input_ids,
@@ -206,11 +232,39 @@ class _Loop:
             GroupRun(group, self._begin(group), rows)
             for group, rows in zip(stage, generators, strict=True)
         ]
+        for run in self.runs:
+            self._fill_ended(run)
 
     def _begin(self, group: Group) -> Any:
         start, stop = self.time_windows.get(group.modality, (None, None))
         sample, is_free = self._sample(group)
-        return self.scheduler.begin(sample, is_free, group.modality, start=start, stop=stop)
+        first = self.canvas.window_slice(group.window).start
+        rest = slice(first + group.stop, self.canvas.window_slice(group.window).stop)
+        return self.scheduler.begin(
+            sample,
+            is_free,
+            group.modality,
+            start=start,
+            stop=stop,
+            ends_window=not bool(self.canvas.is_free[:, rest].any()),
+        )
+
+    def _fill_ended(self, run: GroupRun) -> None:
+        """Fill a block for free in the rows whose window ended in an earlier block."""
+        group, settings = run.group, run.state.settings
+        if not group.start or settings.eos_column is None or settings.fill_column is None:
+            return
+        part = group.columns(self.canvas)
+        before = self.canvas.input_ids[:, part.start - group.start : part.start]
+        first = self.vocabulary.columns(group.modality).start
+        has_ended = (before == first + settings.eos_column).any(dim=1, keepdim=True)
+        is_masked = self.vocabulary.is_masked(self.canvas.input_ids[:, part])
+        is_filled = is_masked & self.canvas.is_free[:, part] & has_ended
+        if bool(is_filled.any()):
+            ids = self.canvas.input_ids.clone()
+            ids[:, part] = ids[:, part].masked_fill(is_filled, first + settings.fill_column)
+            self.canvas = self.canvas.replace(input_ids=ids)
+            self.forwards.write(self.canvas, [group.window])
 
     def _sample(self, group: Group) -> tuple[Tensor, Tensor]:
         """Columns (padding counts as a frozen mask) and free flags of a group."""
@@ -250,6 +304,7 @@ class _Loop:
             for branch in restrict(self.forwards.branches, guided)
             if any(branch.serves(run.group.window) for run in runs)
         ]
+        self.forwards.focus(self._unfinished(runs))
         outputs = {
             branch.name: self.forwards(
                 branch, [run.group for run in runs if branch.serves(run.group.window)]
@@ -264,6 +319,22 @@ class _Loop:
         self.canvas = self.canvas.replace(input_ids=ids)
         self.forwards.write(self.canvas, {run.group.window for run in runs})
         return True
+
+    def _unfinished(self, runs: Sequence[GroupRun]) -> Int[Tensor, " rows"]:
+        """Rows with a free mask in one of the groups; the others are not computed."""
+        is_open = torch.zeros(self.canvas.batch_size, dtype=torch.bool, device=self.canvas.device)
+        for run in runs:
+            part = run.group.columns(self.canvas)
+            is_masked = self.vocabulary.is_masked(self.canvas.input_ids[:, part])
+            is_open |= (is_masked & self.canvas.is_free[:, part]).any(dim=1)
+        return is_open.nonzero().flatten()
+
+    def _all_rows(self, values: Tensor) -> Tensor:
+        """Values of the computed rows among zeros for the finished ones."""
+        if len(values) == self.canvas.batch_size:
+            return values
+        full = values.new_zeros((self.canvas.batch_size, *values.shape[1:]))
+        return full.index_copy_(0, self.forwards.rows, values)
 
     def _write(
         self,
@@ -283,10 +354,10 @@ class _Loop:
         }
         quality = outputs[branches[0].name].token_quality
         if quality is not None:
-            quality = quality[:, group.columns(branches[0].canvas)]
+            quality = self._all_rows(quality[:, group.columns(branches[0].canvas)])
         sample, is_free = self._sample(group)
         stepped = self.scheduler.step(
-            combine(logits, {branch.name: branch.weight for branch in branches}),
+            self._all_rows(combine(logits, {branch.name: branch.weight for branch in branches})),
             timestep,
             sample,
             state=run.state,
@@ -358,6 +429,7 @@ class _Loop:
 
     def _conditional_states(self) -> Tensor:
         """Hidden states of the main canvas by one more forward."""
+        self.forwards.focus(torch.arange(self.canvas.batch_size, device=self.canvas.device))
         return self.forwards(self.forwards.branches[0]).hidden_states
 
     def output(self, *, is_complete: bool) -> DenoisingOutput:

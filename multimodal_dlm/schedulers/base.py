@@ -40,12 +40,14 @@ class SchedulerState:
         initial_sample: Columns the group began with; the counts of the plan are its masked free
             positions.
         memory: Tensors (batch, seq, ...) a subclass or its commit rule kept at the last step.
+        ends_window: No later group goes on with the window, so its text must end here.
     """
 
     modality: str
     settings: ModalitySettings
     initial_sample: Int[Tensor, "batch seq"]
     memory: Mapping[str, Tensor] = field(default_factory=dict)
+    ends_window: bool = True
 
     def map_tensors(self, function: Callable[[Tensor], Tensor]) -> "SchedulerState":
         """A copy with every tensor, all (batch, ...), moved as the canvas moved."""
@@ -114,6 +116,7 @@ class StepInput:
         times: Place of the step in the group's time window.
         settings: Options of the modality.
         memory: What the last step left in `StepResult.memory`.
+        ends_window: No later group goes on with the window.
     """
 
     logits: Float[Tensor, "batch seq columns"]
@@ -126,6 +129,7 @@ class StepInput:
     times: StepTimes
     settings: ModalitySettings
     memory: Mapping[str, Tensor] = field(default_factory=dict)
+    ends_window: bool = True
 
     @property
     def mask_column(self) -> int:
@@ -200,6 +204,7 @@ class DiscreteScheduler(SchedulerMixin, ConfigMixin):
         *,
         start: float | None = None,
         stop: float | None = None,
+        ends_window: bool = True,
     ) -> SchedulerState:
         """Open the run of one noise group.
 
@@ -209,6 +214,7 @@ class DiscreteScheduler(SchedulerMixin, ConfigMixin):
             modality: Entry of `config.modalities` to follow.
             start: Time at which this group begins, when it is not the modality's (blocks, chains).
             stop: Time at which this group ends, when it is not the modality's.
+            ends_window: False where a later block goes on with the window.
 
         Raises:
             ConfigError: When the modality has no entry, the shapes differ, or the time window is
@@ -218,7 +224,12 @@ class DiscreteScheduler(SchedulerMixin, ConfigMixin):
             raise unknown_name("modality", modality, self._settings)
         check_shape("is_free", is_free, tuple(sample.shape))
         settings = self._settings[modality].between(start, stop)
-        return SchedulerState(modality=modality, settings=settings, initial_sample=sample.clone())
+        return SchedulerState(
+            modality=modality,
+            settings=settings,
+            initial_sample=sample.clone(),
+            ends_window=ends_window,
+        )
 
     def has_begun(self, timestep: float | Tensor, state: SchedulerState) -> bool:
         """Whether a step at this timestep commits anything; if not, the loop may skip it."""
@@ -280,6 +291,7 @@ class DiscreteScheduler(SchedulerMixin, ConfigMixin):
                     times=times,
                     settings=state.settings,
                     memory=state.memory,
+                    ends_window=state.ends_window,
                 )
             )
         else:

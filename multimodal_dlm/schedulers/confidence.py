@@ -69,6 +69,7 @@ class ConfidenceScheduler(DiscreteScheduler):
             eos=eos,
             fill=fill,
             mask_column=step.mask_column,
+            ends_window=step.ends_window,
             may_be_eos=everywhere if step.allowed is None else step.allowed[..., eos],
             may_be_fill=everywhere if step.allowed is None else step.allowed[..., fill],
         ).filled()

@@ -23,6 +23,7 @@ class TextWindow:
         mask_column: V.
         may_be_eos: The caller allows `<eos>` at this position.
         may_be_fill: The caller allows `<fill>` at this position.
+        ends_window: False where a later block goes on with the window: it need not end here.
     """
 
     sample: Int[Tensor, "batch seq"]
@@ -32,6 +33,7 @@ class TextWindow:
     mask_column: int
     may_be_eos: Bool[Tensor, "batch seq"]
     may_be_fill: Bool[Tensor, "batch seq"]
+    ends_window: bool = True
 
     @property
     def positions(self) -> Int[Tensor, " seq"]:
@@ -50,6 +52,8 @@ class TextWindow:
     @property
     def is_end(self) -> Bool[Tensor, "batch seq"]:
         """The last place for an `<eos>` in rows that have none: content may not stand here."""
+        if not self.ends_window:
+            return torch.zeros_like(self.is_masked)
         is_known_fill = self.sample == self.fill
         is_void = (self.sample == self.mask_column) & ~self.is_masked
         is_before_fill = self.positions < first_true(is_known_fill)[:, None]

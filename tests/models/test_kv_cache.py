@@ -188,7 +188,7 @@ def test_columns_that_are_asked_for_are_computed_whatever_waits_below():
     ids = canvas.input_ids.clone()
     ids[0, 4] = model.vocabulary.mask_token_id("image")
     again = canvas.replace(input_ids=ids)
-    cache.reach(3)
+    cache.read([11])
     cached = run(model, again, attention_plan=plan, kv_cache=cache)
     assert torch.allclose(cached, run(model, again, attention_plan=plan), atol=1e-5)
     assert cache.kept.tolist() == [0, 1, 2]

@@ -1,0 +1,112 @@
+"""What every cache of ours is to the backbone, and what a forward is to a cache."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from multimodal_dlm.models.attention_plan import AttentionPlan
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """The tokens of a forward, of the whole canvas or of some columns.
+
+    Args:
+        input_ids: Unified ids, or None with embeddings.
+        inputs_embeds: Embeddings in place of ids.
+        noise_levels: Level of each token.
+        position_ids: Rotary coordinates.
+        conditioning_embeds: Added to the noise embedding of every token of a row.
+    """
+
+    input_ids: Int[Tensor, "batch length"] | None
+    inputs_embeds: Float[Tensor, "batch length width"] | None
+    noise_levels: Float[Tensor, "batch length"]
+    position_ids: Int[Tensor, "batch length axes"]
+    conditioning_embeds: Float[Tensor, "batch width"] | None = None
+
+    @property
+    def has_conditioning(self) -> bool:
+        """True with `conditioning_embeds`, on which every state depends."""
+        return self.conditioning_embeds is not None
+
+    def select(self, columns: Int[Tensor, " columns"]) -> "Tokens":
+        """Some columns, in the order given."""
+        return replace(
+            self,
+            input_ids=None if self.input_ids is None else self.input_ids[:, columns],
+            inputs_embeds=None if self.inputs_embeds is None else self.inputs_embeds[:, columns],
+            noise_levels=self.noise_levels[:, columns],
+            position_ids=self.position_ids[:, columns],
+        )
+
+    def select_rows(self, rows: Int[Tensor, " rows"]) -> "Tokens":
+        """Some rows."""
+        conditioning = self.conditioning_embeds
+        return Tokens(
+            input_ids=None if self.input_ids is None else self.input_ids[rows],
+            inputs_embeds=None if self.inputs_embeds is None else self.inputs_embeds[rows],
+            noise_levels=self.noise_levels[rows],
+            position_ids=self.position_ids[rows],
+            conditioning_embeds=None if conditioning is None else conditioning[rows],
+        )
+
+    def row_keys(
+        self,
+        is_padding: Bool[Tensor, "batch length"],
+        mask: Bool[Tensor, "batch 1 length length"] | None,
+    ) -> list[bytes]:
+        """For each row everything its states depend on, as bytes; padding is not seen."""
+        assert self.input_ids is not None
+        parts = [
+            self.input_ids.masked_fill(is_padding, -1),
+            self.position_ids.masked_fill(is_padding[..., None], -1).flatten(1),
+            self.noise_levels.double().masked_fill(is_padding, -1).view(torch.int64),
+        ]
+        if mask is not None:
+            parts.append(mask.flatten(1).to(torch.int64))
+        return [row.tobytes() for row in torch.cat(parts, dim=1).cpu().numpy()]
+
+
+class LayerStore(ABC):
+    """Takes the keys and values of one layer and gives back those to attend to."""
+
+    @property
+    @abstractmethod
+    def length(self) -> int:
+        """Columns of the canvas it is for."""
+
+    @abstractmethod
+    def update(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """(batch, queries, heads, dim) of this forward -> (batch, keys, heads, dim)."""
+
+
+# Runs the blocks: tokens and their plan -> normalised final states of the same columns.
+Compute = Callable[[Tokens, AttentionPlan, LayerStore | None], Tensor]
+
+
+class KeyValueCache(LayerStore):
+    """Base of the caches of one canvas and one branch."""
+
+    @abstractmethod
+    def read(self, columns: Sequence[int] | slice) -> None:
+        """Say which columns' logits the next forwards are for."""
+
+    @abstractmethod
+    def run(self, compute: Compute, tokens: Tokens) -> Float[Tensor, "batch length width"]:
+        """States of the whole canvas, those not computed now as they were last computed."""
+
+    @abstractmethod
+    def select_rows(self, rows: Int[Tensor, " rows"]) -> None:
+        """Go on with some of the rows."""
+
+
+def previous_columns(is_padding: Bool[Tensor, "batch length"]) -> Int[Tensor, "batch length"]:
+    """Column of the previous non-padding token of the row (of the token itself at the start)."""
+    index = torch.arange(is_padding.shape[1], device=is_padding.device).expand(is_padding.shape)
+    last = torch.where(is_padding, -1, index).cummax(dim=1).values
+    return torch.nn.functional.pad(last[:, :-1], (1, 0), value=0).clamp(min=0)

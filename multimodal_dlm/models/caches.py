@@ -1,0 +1,38 @@
+"""Which cache a config asks for."""
+
+from typing import Any
+
+from jaxtyping import Bool
+from torch import Tensor
+
+from multimodal_dlm.models.attention_plan import AttentionPlan
+from multimodal_dlm.models.cache_base import KeyValueCache
+from multimodal_dlm.models.kv_cache import ExactCache, ExactCacheConfig
+from multimodal_dlm.models.prefix_memory import PrefixMemory
+
+CACHE_CONFIGS: tuple[type, ...] = (ExactCacheConfig,)
+
+
+class CacheChoice:
+    """The config given to `enable_cache`, and what is kept between the canvases it serves."""
+
+    def __init__(self, config: Any) -> None:
+        self.config = config
+        self.memory = PrefixMemory(config.num_prefixes if _is_exact(config) else 0)
+
+    def build(
+        self, model: Any, plan: AttentionPlan, is_free: Bool[Tensor, "batch length"]
+    ) -> KeyValueCache | None:
+        """The cache of one canvas; None where nothing can ever be kept (full attention)."""
+        if not bool((plan.order != plan.order[:, :1]).any()):
+            return None
+        memory = None
+        if self.memory.capacity and not getattr(model, "_hf_peft_config_loaded", False):
+            self.memory.check(model)
+            memory = self.memory
+        shift = int(model.config["logits_shift"])
+        return ExactCache(plan, is_free, logits_shift=shift, memory=memory)
+
+
+def _is_exact(config: Any) -> bool:
+    return isinstance(config, ExactCacheConfig)

@@ -1,0 +1,94 @@
+"""Prefixes of earlier calls: keys, values and states of a row's columns of the lowest order."""
+
+from collections import OrderedDict
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from multimodal_dlm.models.cache_base import LayerStore
+
+_PROBE = 8  # First values of each parameter that are compared from call to call.
+
+
+@dataclass(frozen=True)
+class Prefix:
+    """What a row's prefix left: (keys, heads, dim) twice for each layer, (keys, width) states."""
+
+    keys_values: Mapping[int, tuple[Tensor, Tensor]]
+    states: Float[Tensor, "keys width"]
+
+
+class Recorder(LayerStore):
+    """A layer store that keeps what passes through, for a forward of prefixes alone."""
+
+    def __init__(self) -> None:
+        self._length = 0
+        self._keys_values: dict[int, tuple[Tensor, Tensor]] = {}
+
+    @property
+    def length(self) -> int:
+        """Columns of the prefixes."""
+        return self._length
+
+    def update(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """The keys and values given."""
+        self._length = keys.shape[1]
+        self._keys_values[layer] = (keys.detach(), values.detach())
+        return keys, values
+
+    def prefix(self, states: Tensor, row: int) -> Prefix:
+        """What one row left."""
+        parts = {layer: (k[row], v[row]) for layer, (k, v) in self._keys_values.items()}
+        return Prefix(parts, states[row].detach())
+
+
+class PrefixMemory:
+    """Prefixes by content, the least recently used dropped first; emptied when weights change.
+
+    Args:
+        capacity: Rows' prefixes to keep.
+    """
+
+    def __init__(self, capacity: int) -> None:
+        self.capacity = capacity
+        self._entries: OrderedDict[bytes, Prefix] = OrderedDict()
+        self._weights: tuple[Any, ...] | None = None
+
+    def __contains__(self, key: bytes) -> bool:
+        return key in self._entries
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+    def get(self, key: bytes) -> Prefix | None:
+        """The prefix of this content, or None."""
+        if key in self._entries:
+            self._entries.move_to_end(key)
+        return self._entries.get(key)
+
+    def add(self, prefixes: Mapping[bytes, Prefix]) -> None:
+        """Keep prefixes, and drop the oldest beyond the capacity."""
+        for key, prefix in prefixes.items():
+            self._entries[key] = prefix
+        while len(self._entries) > self.capacity:
+            self._entries.popitem(last=False)
+
+    def check(self, model: torch.nn.Module) -> None:
+        """Forget everything if the weights are not those of the last call.
+
+        Versions tell in-place changes, and the first values of every parameter those that PyTorch
+        does not count, such as adapters merged through `.data`.
+        """
+        parameters = list(model.parameters())
+        now = (
+            sum(parameter._version for parameter in parameters),
+            tuple((p.data_ptr(), p.dtype) for p in parameters),
+            torch.cat([p.detach().flatten()[:_PROBE].double().cpu() for p in parameters]),
+        )
+        before, self._weights = self._weights, now
+        if before is None or before[:2] != now[:2] or not torch.equal(before[2], now[2]):
+            self._entries.clear()
