@@ -50,6 +50,7 @@ COMMANDS = {
     "inpaint": Command("pictures", "redraw a part of a picture"),
     "joint": Command("pictures", "invent pictures together with their captions"),
     "train": Command("train", "train a model or a tokenizer from a config file"),
+    "plan": Command("plan", "say whether a run fits on some devices, and how long it takes"),
     "data build": Command("data", "build the shards and the manifest of a dataset"),
     "data from-folder": Command("data", "write a folder of pictures with captions as a dataset"),
     "data inspect": Command("data", "show counts, licences and examples of a manifest"),

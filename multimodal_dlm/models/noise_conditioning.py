@@ -18,7 +18,7 @@ from multimodal_dlm.errors import ConfigError, unknown_name
 
 NUM_LEVELS = 257
 NOISE_CONDITIONINGS = ("ada_norm_single", "additive", "none")
-_NUM_FREQUENCIES = 128
+NUM_FREQUENCIES = 128
 
 
 def level_index(noise_levels: Float[Tensor, "*shape"]) -> Int[Tensor, "*shape"]:
@@ -95,7 +95,7 @@ class NoiseConditioning(nn.Module):
         self.kind = kind
         if kind != "none":
             width = 6 * hidden_size if kind == "ada_norm_single" else hidden_size
-            self.linear_in = nn.Linear(2 * _NUM_FREQUENCIES, hidden_size)
+            self.linear_in = nn.Linear(2 * NUM_FREQUENCIES, hidden_size)
             self.linear_mid = nn.Linear(hidden_size, hidden_size)
             self.linear_out = nn.Linear(hidden_size, width)
             self.reset_parameters()
@@ -142,8 +142,8 @@ class NoiseConditioning(nn.Module):
         self, levels: Int[Tensor, " rows"], extra: Float[Tensor, "rows width"] | None = None
     ) -> Float[Tensor, "rows out"]:
         """Sinusoids of the level -> noise embedding (+ `extra`) -> factors."""
-        steps = torch.arange(_NUM_FREQUENCIES, device=levels.device, dtype=torch.float64)
-        frequencies = torch.exp(steps * (-math.log(10_000.0) / _NUM_FREQUENCIES))
+        steps = torch.arange(NUM_FREQUENCIES, device=levels.device, dtype=torch.float64)
+        frequencies = torch.exp(steps * (-math.log(10_000.0) / NUM_FREQUENCIES))
         angles = levels.double()[:, None] * (1000.0 / (NUM_LEVELS - 1)) * frequencies
         waves = torch.cat([angles.cos(), angles.sin()], dim=-1).to(self.linear_in.weight.dtype)
         embedding = self.linear_mid(F.silu(self.linear_in(waves)))
