@@ -58,6 +58,7 @@ COMMANDS = {
     "data tokenize": Command("data", "write pictures and texts as token ids, ready to train on"),
     "evaluate": Command("evaluate", "measure a pipeline on held-out data and write a report"),
     "study step-plan": Command("study", "measure what a window is worth drawing in how many steps"),
+    "study scorer": Command("study", "fit the image-text scorer that judges drawings"),
     "study noise-spectrum": Command("study", "measure what is decided at which noise level"),
     "app": Command("app", "serve a page that shows every task step by step"),
     "demo": Command("demo", "show every task on the released pipeline"),

@@ -1,7 +1,7 @@
 """The command that measures a pipeline on held-out data and writes a report."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from multimodal_dlm.commands.loading import RELEASED_PIPELINE, load, require_folder
 from multimodal_dlm.commands.reporting import Report, say
@@ -31,6 +31,7 @@ def run_evaluate(
     manifest: str = SAMPLE_DATA,
     data_root: str | None = None,
     output: str = "out/evaluation",
+    compare: str | None = None,
     only: str | None = None,
     limit: int | None = None,
     seed: int = 0,
@@ -39,12 +40,16 @@ def run_evaluate(
 ) -> Report:
     """Measure a pipeline on held-out data; writes report.json and report.html.
 
+    With `compare` there are two, in `first` and `second` of the output.
+
     Args:
         pipeline: folder of a saved pipeline, or `owner/name` on the Hub
         suite: default, quick, a YAML file, or data (whatever the datasets of the manifest allow)
         manifest: YAML file of a dataset or a mixture; the committed sample is too small to judge by
         data_root: folder that holds the datasets' folders; null for the manifest's own folder
         output: folder of the report; measurements found there are not taken again
+        compare: folder of a second pipeline, measured into `second` of the output and shown beside
+            the first; null for none
         only: names of measurements, or their beginnings, with commas between them; null for all
         limit: rows of each measurement at most; null for what the suite says
         seed: of every draw
@@ -57,9 +62,23 @@ def run_evaluate(
     data = open_manifest(manifest, data_root)
     chosen = suite_of_data(data) if suite == "data" else open_suite(suite)
     chosen = chosen.only(only.split(",") if only is not None else None).at_most(limit)
-    return measure_suite(
-        pipeline, data, chosen, output, seed=seed, batch_size=batch_size, device=device
-    )
+    options: dict[str, Any] = {"seed": seed, "batch_size": batch_size, "device": device}
+    if compare is None:
+        return measure_suite(pipeline, data, chosen, output, **options)
+    require_folder(compare)
+    folders = [(pipeline, Path(output) / "first"), (compare, Path(output) / "second")]
+    for each, folder in folders:
+        measure_suite(each, data, chosen, str(folder), **options)
+    from multimodal_dlm.evaluation.comparison import compare_reports, comparison_lines
+
+    found = compare_reports(*(folder for _, folder in folders))
+    lines = [f"{pipeline} | {compare}", *comparison_lines(found)]
+    lines.append("* 95 % intervals that do not meet")
+    values = {
+        "pipelines": [each for each, _ in folders],
+        "metrics": {metric.name: metric.to_dict() for metric in found},
+    }
+    return Report(values, "\n".join(lines))
 
 
 def measure_suite(

@@ -1,4 +1,4 @@
-"""The commands that measure how a model denoises."""
+"""The commands that measure how a model denoises, and the one that fits what judges it."""
 
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
@@ -27,6 +27,9 @@ def add_options(parser: "ArgumentParser", name: str) -> None:
         parser.add_function_arguments(run_noise_spectrum, skip={"pipeline"}, as_group=False)
         return
     parser.add_argument("manifest", type=str, help="YAML file")
+    if name == "scorer":
+        parser.add_function_arguments(run_scorer, skip={"manifest"}, as_group=False)
+        return
     parser.add_function_arguments(run_step_plan, skip={"manifest"}, as_group=False)
 
 
@@ -130,6 +133,54 @@ def run_step_plan(
             save_scheduler
         )
     return Report(values, _table(values))
+
+
+def run_scorer(
+    manifest: str,
+    *,
+    source: str = "emoji",
+    judged_split: str = "unseen_combinations",
+    data_root: str | None = None,
+    limit: int | None = None,
+    epochs: int | None = None,
+    seed: int = 0,
+    output: str = "out/scorer",
+) -> Report:
+    """Fit the image-text scorer that judges drawings, and write its folder with its accuracy.
+
+    Args:
+        manifest: YAML file.
+        source: dataset of the manifest, pictures with names
+        judged_split: split whose pictures it is to judge; nothing of it is fitted to
+        data_root: folder that holds the datasets' folders; null for the manifest's own folder
+        limit: training pictures at most
+        epochs: passes over the pictures; null takes the default
+        seed: of weights and batches
+        output: folder of the scorer
+    """
+    named = open_source(manifest, data_root, source)
+    from multimodal_dlm.evaluation.scorer_fitting import fit_to_source
+
+    options = {} if epochs is None else {"num_epochs": epochs}
+    fitted = fit_to_source(
+        named, judged_split=judged_split, limit=limit, seed=seed, progress=say, **options
+    )
+    fitted.scorer.save(output)
+    values = {
+        "source": source,
+        "num_names": fitted.num_names,
+        "num_pictures": fitted.num_pictures,
+        "seed": seed,
+        "accuracy": {name: dict(found) for name, found in fitted.accuracy.items()},
+    }
+    write_json(f"{output}/accuracy.json", values)
+    lines = [f"{output}: {fitted.num_pictures} pictures of {fitted.num_names} names"]
+    lines += [
+        f"  {name}: R@1 {found['name_at_1']:.3f}, R@5 {found['name_at_5']:.3f}, AUC"
+        f" {found['auc']:.3f} of {found['pictures']:.0f} pictures"
+        for name, found in fitted.accuracy.items()
+    ]
+    return Report(values, "\n".join(lines))
 
 
 def _with_profile(scheduler: Any, modality: str, profile: list[float]) -> Any:

@@ -159,7 +159,20 @@ def _key(
 ) -> str:
     """SHA-256 of everything a part depends on."""
     weights = {name: digest for name, digest in files.items() if name != CARD_NAME}
-    values = [__version__, _described(entry), manifest.fingerprint, weights, seed, batch_size]
+    folders = {
+        name: hash_files(value)
+        for name, value in entry.options.items()
+        if isinstance(value, str) and Path(value).is_dir()
+    }
+    values = [
+        folders,
+        __version__,
+        _described(entry),
+        manifest.fingerprint,
+        weights,
+        seed,
+        batch_size,
+    ]
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
 
 

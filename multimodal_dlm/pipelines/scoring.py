@@ -1,6 +1,7 @@
 """Likelihood of pictures and texts: the NELBO of each row of any task, with its interval."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -84,8 +85,24 @@ class CanvasScorer:
         return masked_nll(self.transformer, self.canvas.select_rows(rows), is_masked)
 
 
+@dataclass(frozen=True)
+class RankedText:
+    """A text and what a picture says about it.
+
+    Args:
+        text: The text.
+        score: NELBO(text) - NELBO(text given the picture) in nats: how much likelier the picture
+            makes it.
+        place: Where it stood in the list that was ranked.
+    """
+
+    text: str
+    score: float
+    place: int
+
+
 class ScoringMixin:
-    """Gives a pipeline `score`."""
+    """Gives a pipeline `score` and `rank_texts`."""
 
     transformer: Any
     processor: UnifiedProcessor
@@ -146,6 +163,62 @@ class ScoringMixin:
             )
             for row, seed in enumerate(seeds)
         ]
+
+    def rank_texts(
+        self,
+        image: Any = None,
+        texts: Sequence[str] = (),
+        *,
+        codes: Codes | None = None,
+        num_draws: int = 16,
+        generator: torch.Generator | None = None,
+        batch_size: int = 64,
+    ) -> list[RankedText]:
+        """Texts by how much likelier one picture makes them: retrieval, reranking of captions.
+
+        The difference of two bounds, each with the same masks for all texts of one length. What is
+        common in captions costs little with and without a picture, so it does not win by being
+        common, as it would by the bound alone.
+
+        Args:
+            image: One picture.
+            texts: Candidates, written as the model was trained to write captions; at least one.
+            codes: Its codes in place of the picture.
+            num_draws: Masks per text and bound, even and at least 2.
+            generator: Of the masks; None for fresh randomness.
+            batch_size: Masks at once.
+
+        Returns:
+            The texts, the best first; equal ones in the order given.
+
+        Raises:
+            ConfigError: When there is not exactly one picture, or no text.
+        """
+        given = self._given_codes(image, codes)  # type: ignore[attr-defined]
+        if len(given[0]) != 1 or isinstance(texts, str) or not texts:
+            raise ConfigError(
+                "`rank_texts` ranks a list of texts for one picture; got"
+                f" {len(given[0])} pictures and {texts!r:.60}. Call it once per picture."
+            )
+        (seed,) = draw_row_seeds(generator, 1)
+
+        repeated = tuple(level.expand(len(texts), *level.shape[1:]) for level in given)
+
+        def bounds(task: str) -> list[float]:
+            found = self.score(
+                task,
+                codes=repeated,
+                text=list(texts),
+                generator=[torch.Generator().manual_seed(seed) for _ in texts],
+                num_draws=num_draws,
+                batch_size=batch_size,
+            )
+            return [estimate.value for estimate in found]
+
+        alone, given_picture = bounds("unconditional_text"), bounds("caption")
+        gains = [a - b for a, b in zip(alone, given_picture, strict=True)]
+        ranked = [RankedText(texts[place], gain, place) for place, gain in enumerate(gains)]
+        return sorted(ranked, key=lambda row: -row.score)
 
     def _score_row(
         self, task: str, canvas: Canvas, seed: int, num_draws: int, batch_size: int

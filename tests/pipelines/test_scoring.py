@@ -9,6 +9,7 @@ from multimodal_dlm.diffusion.likelihood import enumerated_nelbo, monte_carlo_ne
 from multimodal_dlm.errors import ConfigError
 from multimodal_dlm.models.attention_plan import AttentionPlan
 from multimodal_dlm.pipelines import UnifiedImageToTextPipeline
+from multimodal_dlm.pipelines.randomness import draw_row_seeds
 from multimodal_dlm.pipelines.scoring import CanvasScorer
 from multimodal_dlm.processing import TASKS
 from tests.pipelines.tiny import GRID, seeded, tiny_components
@@ -149,3 +150,34 @@ def test_refusals(pipe, codes):
     canvas = pipe.processor.score("caption", codes=codes, texts=TEXTS)
     with pytest.raises(ConfigError, match=r"`canvas` must have one row; got 3"):
         CanvasScorer(pipe.transformer, canvas)
+
+
+def test_texts_are_ranked_by_what_the_picture_says_of_them(pipe, codes):
+    one = tuple(level[:1] for level in codes)
+    texts = ["a red apple", "a green pear", "a red apple"]
+
+    def rank(given, seed=3):
+        generator = torch.Generator().manual_seed(seed)
+        return pipe.rank_texts(texts=given, codes=one, num_draws=4, generator=generator)
+
+    ranked = rank(texts)
+    assert [row.score for row in ranked] == sorted((row.score for row in ranked), reverse=True)
+    assert sorted(row.place for row in ranked) == [0, 1, 2]
+    score = {row.place: row.score for row in ranked}
+    assert score[0] == score[2]  # The same masks for every text.
+    assert [row.place for row in ranked].index(0) < [row.place for row in ranked].index(2)
+    assert rank(texts[:1])[0].score == pytest.approx(score[0])
+    (seed,) = draw_row_seeds(torch.Generator().manual_seed(3), 1)
+    alone, given = (
+        pipe.score(
+            task, codes=one, text=texts[1], num_draws=4,
+            generator=[torch.Generator().manual_seed(seed)],
+        )[0].value
+        for task in ("unconditional_text", "caption")
+    )  # fmt: skip
+    assert score[1] == pytest.approx(alone - given)
+    for wrong in ({"texts": []}, {"texts": "a red apple"}):
+        with pytest.raises(ConfigError, match="ranks a list of texts for one picture"):
+            pipe.rank_texts(codes=one, **wrong)
+    with pytest.raises(ConfigError, match="got 2 pictures"):
+        pipe.rank_texts(codes=tuple(level[:2] for level in codes), texts=texts)
