@@ -36,7 +36,7 @@ class ScorerConfig:
     Args:
         hidden: Width inside the picture head.
         width: Width of the common space.
-        dropout: Share of the features, and of the hidden numbers, left out while fitting.
+        dropout: Share of the hidden numbers left out while fitting.
     """
 
     hidden: int = 256
@@ -57,7 +57,6 @@ class ImageTextScorer(nn.Module):
         hidden, width = self.config.hidden, self.config.width
         self.picture = nn.Sequential(
             nn.LayerNorm(PICTURE_WIDTH),
-            nn.Dropout(self.config.dropout),
             nn.Linear(PICTURE_WIDTH, hidden),
             nn.GELU(),
             nn.Dropout(self.config.dropout),
@@ -125,7 +124,7 @@ def fit_scorer(
     embeddings: Float[Tensor, "names 384"],
     *,
     config: ScorerConfig | None = None,
-    num_epochs: int = 10,
+    num_epochs: int = 12,
     batch_size: int = 512,
     learning_rate: float = 2e-3,
     seed: int = 0,
