@@ -6,6 +6,9 @@ On two AMX cores the fused ones cut the elementwise part of a training step by m
 because the CPU has no fused backward for RMSNorm and accumulates embedding gradients in bf16.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any
 
 import torch
@@ -13,11 +16,24 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.autograd import Function
 
+_IS_PLAIN: ContextVar[bool] = ContextVar("is_plain", default=False)
+
+
+@contextmanager
+def plain_functions() -> Iterator[None]:
+    """Inside, a forward is plain PyTorch, fused and native functions left out: to compare with."""
+    token = _IS_PLAIN.set(True)
+    try:
+        yield
+    finally:
+        _IS_PLAIN.reset(token)
+
 
 def use_fused(hidden_states: Tensor) -> bool:
     """True where the fused functions pay: bf16 on the CPU, with gradients, not being compiled."""
     return (
-        hidden_states.dtype == torch.bfloat16
+        not _IS_PLAIN.get()
+        and hidden_states.dtype == torch.bfloat16
         and hidden_states.device.type == "cpu"
         and torch.is_grad_enabled()
         and not torch.compiler.is_compiling()

@@ -1,5 +1,6 @@
 """Every benchmark runs as its page says and reports what its readers look up."""
 
+import importlib
 import json
 import runpy
 from pathlib import Path
@@ -12,7 +13,8 @@ from multimodal_dlm.models.memory import keep_freed_memory
 FOLDER = Path(__file__).resolve().parents[2] / "benchmarks"
 TINY_STEP = [
     "--preset", "tiny", "--noise-conditioning", "none", "--rows", "4", "--micro-batch", "2",
-    "--length", "12", "--steps", "1",
+    "--length", "12", "--steps", "1", "--memory", "--memory-vocabulary", "9000",
+    "--memory-tokens", "256",
 ]  # fmt: skip
 OPTIONS = {
     "training_step": TINY_STEP,
@@ -41,7 +43,7 @@ def report(tmp_path, monkeypatch, capsys):
 
 
 def test_every_script_is_listed():
-    scripts = {path.stem for path in FOLDER.glob("*.py")} - {"reporting"}
+    scripts = {path.stem for path in FOLDER.glob("*.py")} - {"reporting", "live_bytes"}
     assert scripts == set(OPTIONS)
     page = (FOLDER / "README.md").read_text()
     assert all(f"`{name}.py`" in page for name in scripts)
@@ -53,6 +55,28 @@ def test_a_training_step(report):
     assert found["tokens_per_second"] > 0
     weights = 2 * (4 * 64 * 64 + 3 * 64 * 128)
     assert found["matmul_flops_per_step"] > 6 * weights * 4 * 12
+    assert set(found["ratios"]) == {"research_loop", "research_loop_same_dtype", "bert"}
+    assert all(ratio > 0 for ratio in found["ratios"].values())
+    memory = found["memory"]
+    assert memory["vocabulary"] == 9000
+    logits = 128 * 2 * 9000 * 4 / 2**20  # float32, once; the full step holds several such
+    assert memory["peak_mebibytes"]["full_logits"] - memory["peak_mebibytes"]["ours"] > logits
+    assert memory["ratio"] < 0.5
+
+
+def test_live_bytes_are_counted_to_the_byte(monkeypatch):
+    monkeypatch.syspath_prepend(str(FOLDER))
+    live_bytes = importlib.import_module("live_bytes")
+    held = torch.zeros(256)  # 1 KiB, alive throughout
+
+    def step():
+        first = held + 1  # 2 KiB
+        first = first.repeat(4)  # 2 + 4 KiB at the peak, then 5
+        view = first.view(2, -1)  # a view is no new storage
+        return float((view[0] * 2).sum())  # 2 KiB more, and a sum of 4 bytes
+
+    peaks = [live_bytes.peak_bytes(step, [held, held]) for _ in range(2)]
+    assert peaks == [1024 + 4096 + 2048 + 4] * 2
 
 
 @pytest.mark.slow
