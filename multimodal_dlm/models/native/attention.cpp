@@ -271,7 +271,7 @@ extern "C" int64_t attention_backward(
         arena.take<float>(keys),
         HeadBuffers(arena, z)};
   // Rows of the batch whose operands of the weight gradients are kept: as many for each thread.
-  const int64_t group = std::min(batch, threads * std::max<int64_t>(1, 64 / n / threads));
+  const int64_t group = std::min(batch, threads * std::max<int64_t>(1, 16 / n));
   const TableGradients sums(arena, levels, width, threads);
   const WeightGradient to_out(arena, width, inner * EDGE, group * n);
   const WeightGradient to_qkv(arena, width, 3 * inner * EDGE, group * n);

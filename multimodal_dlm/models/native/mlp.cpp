@@ -5,8 +5,8 @@
 
 namespace {
 
-constexpr int64_t STRIPS = 4;  // strips of a thread that share a panel in the first cache
-constexpr int64_t KEPT = 64;   // token blocks whose operands of the weight gradients are kept
+constexpr int64_t STRIPS = 8;  // strips of a thread that share the panels in its second cache
+constexpr int64_t KEPT = 16;  // token blocks for each thread that the weight gradients take at once
 
 // Column block and strip of product `i`: WIDE columns of one strip after another.
 inline std::pair<int64_t, int64_t> place_of(int64_t i, int64_t columns, int64_t count) {
@@ -109,7 +109,7 @@ extern "C" int64_t mlp_backward(
         arena.take<bf16>(STRIPS * w * BLOCK), arena.take<bf16>(STRIPS * 2 * f * BLOCK),
         arena.take<bf16>(BLOCK),              arena.take<bf16>(w * BLOCK),
         arena.take<float>(BLOCK),             arena.take<float>(STRIPS * EDGE * stride)};
-  const int64_t strips = blocks(tokens), kept = std::min(KEPT, strips);
+  const int64_t strips = blocks(tokens), kept = std::min(KEPT * threads, strips);
   const TableGradients sums(arena, levels, width, threads);
   const WeightGradient down(arena, width, inner, kept), up(arena, width, 2 * inner, kept);
   if (workspace == nullptr) return arena.used();
