@@ -273,7 +273,9 @@ def _read_index(shard: AnyPath) -> tuple[IndexEntry, ...] | None:
             )
             for key, members in content["samples"]
         )
-    except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
+    except (
+        ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError,
+    ) as error:  # fmt: skip
         raise DataError(
             f"Index {path} must be written by this library; got {type(error).__name__}:"
             f" {str(error)[:120]}. Delete it: it is rebuilt by scanning the shard.",
