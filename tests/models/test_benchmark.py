@@ -17,6 +17,16 @@ TINY_STEP = [
     "--memory-tokens", "256",
 ]  # fmt: skip
 OPTIONS = {
+    "reader": [
+        "--preset",
+        "tiny",
+        "--rows",
+        "4",
+        "--rounds",
+        "1",
+        "--restores",
+        "20",
+    ],
     "training_step": TINY_STEP,
     "text_to_image": ["--batches", "1", "2", "--repeats", "1"],
     "image_to_text": ["--repeats", "1"],
@@ -77,6 +87,15 @@ def test_live_bytes_are_counted_to_the_byte(monkeypatch):
 
     peaks = [live_bytes.peak_bytes(step, [held, held]) for _ in range(2)]
     assert peaks == [1024 + 4096 + 2048 + 4] * 2
+
+
+def test_the_reader(report):
+    found = report("reader")
+    assert found["ratios"]["webdataset"] > 0
+    assert 0 < found["loader"]["share"] < 1
+    assert found["restored"]["restores"] == 20
+    assert found["restored"]["differences"] == 0
+    assert found["restored"]["state_bytes"] < 4096
 
 
 @pytest.mark.slow
