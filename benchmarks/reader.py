@@ -1,4 +1,4 @@
-"""The reader against plain webdataset, its share of a training step, and restores at random batches.
+"""The reader against plain webdataset, its share of a training step, and restored states.
 
 `webdataset`: rows a second of the reader in stored order, record parsed and picture decoded, over
 those of plain webdataset doing the same work on the same raw shards. `share`: preparing a global

@@ -17,6 +17,7 @@ TINY_STEP = [
     "--memory-tokens", "256",
 ]  # fmt: skip
 OPTIONS = {
+    "tokenized_reading": ["--batches", "1", "--repeats", "1"],
     "reader": [
         "--preset",
         "tiny",
@@ -96,6 +97,12 @@ def test_the_reader(report):
     assert found["restored"]["restores"] == 20
     assert found["restored"]["differences"] == 0
     assert found["restored"]["state_bytes"] < 4096
+
+
+@pytest.mark.slow
+def test_tokenized_reading(report, tmp_path):
+    found = report("tokenized_reading", "--tokenized", str(tmp_path / "made" / "sample.yaml"))
+    assert found["ratios"]["to_raw"] > 1
 
 
 @pytest.mark.slow
