@@ -55,7 +55,7 @@ def report(tmp_path, monkeypatch, capsys):
 
 def test_every_script_is_listed():
     scripts = {path.stem for path in FOLDER.glob("*.py")} - {"reporting", "live_bytes"}
-    assert scripts == set(OPTIONS) | {"tokenized_reading"}
+    assert scripts == set(OPTIONS)
     page = (FOLDER / "README.md").read_text()
     assert all(f"`{name}.py`" in page for name in scripts)
 
