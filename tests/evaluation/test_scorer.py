@@ -5,12 +5,15 @@ import torch
 
 from multimodal_dlm.errors import CheckpointError, ConfigError, DataError
 from multimodal_dlm.evaluation.scorer import (
+    DEFAULT_FOLDER,
     ImageTextScorer,
     ScorerConfig,
     fit_scorer,
     held_out_pair,
     name_ranks,
 )
+from multimodal_dlm.evaluation.suites import open_suite
+from tests.conftest import REPOSITORY
 
 SMALL = ScorerConfig(hidden=16, width=8)
 
@@ -62,3 +65,15 @@ def test_pictures_are_held_out_by_concept_and_artist_for_ever():
     held = [held_out_pair(f"thing {n}", "noto", 0.1) for n in range(2000)]
     assert 0.07 < sum(held) / len(held) < 0.13
     assert held == [held_out_pair(f"thing {n}", "noto", 0.1) for n in range(2000)]
+
+
+def test_the_released_scorer_is_small_and_loads():
+    folder = REPOSITORY / DEFAULT_FOLDER
+    assert (folder / "model.safetensors").stat().st_size < 2 * 2**20
+    scorer = ImageTextScorer.load(folder)
+    scores = scorer.score(torch.randn(2, 1280), torch.randn(3, 384))
+    assert scores.shape == (2, 3)
+    assert float(scores.abs().max()) <= 1 + 1e-5
+    for suite in ("default", "quick"):
+        named = [entry.options.get("scorer") for entry in open_suite(suite).entries]
+        assert {DEFAULT_FOLDER, None} == set(named)
