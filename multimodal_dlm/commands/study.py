@@ -161,7 +161,7 @@ def run_scorer(
     named = open_source(manifest, data_root, source)
     from multimodal_dlm.evaluation.scorer_fitting import fit_to_source
 
-    options = {} if epochs is None else {"num_epochs": epochs}
+    options: dict[str, Any] = {} if epochs is None else {"num_epochs": epochs}
     fitted = fit_to_source(
         named, judged_split=judged_split, limit=limit, seed=seed, progress=say, **options
     )
