@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from multimodal_dlm.datasets.tokenizing import TokenizerFolders
 from multimodal_dlm.errors import ConfigError, DataError
 from multimodal_dlm.layout import make_layout
 from multimodal_dlm.models.noise_conditioning import NUM_LEVELS
@@ -22,7 +23,7 @@ from multimodal_dlm.tokenizers.image import ImageTokenizer
 from multimodal_dlm.tokenizers.text import load_text_tokenizer
 from multimodal_dlm.training.batches import iterate_steps
 from multimodal_dlm.training.components import build_job, build_vocabulary
-from multimodal_dlm.training.config import TrainConfig
+from multimodal_dlm.training.config import TokenizersConfig, TrainConfig
 from multimodal_dlm.training.costs import (
     ADAM_BYTES,
     FLOAT32,
@@ -322,9 +323,9 @@ def _checkpoint_bytes(config: TrainConfig, shape: BackboneShape) -> float:
 
 def _open_backbone(config: TrainConfig) -> tuple[Any, dict[str, int], dict[str, int]]:
     """The backbone without memory, columns of each modality, and its longest window."""
-    tokenizer = load_text_tokenizer(_existing("tokenizers.text", config.tokenizers.text))
-    folder = _existing("tokenizers.image", config.tokenizers.image)
-    image_tokenizer: Any = ImageTokenizer.from_pretrained(folder)
+    folders = _tokenizer_folders(config)
+    tokenizer = load_text_tokenizer(folders.text)
+    image_tokenizer: Any = ImageTokenizer.from_pretrained(folders.image)
     vocabulary = build_vocabulary(tokenizer, image_tokenizer)
     height, width = image_tokenizer.grid_size
     num_image_tokens = height * width * len(image_tokenizer.codebook_sizes)
@@ -369,9 +370,17 @@ def _read_step(
 def _first_batches(config: TrainConfig, world_size: int) -> list[Batch]:
     """The first steps of process 0; the data does not depend on the model, so a tiny one serves."""
     tiny = replace(config.model, preset="tiny", options={}, init_from=None)
-    job = build_job(replace(config, model=tiny), world_size=world_size, is_dry_run=True)
+    folders = _tokenizer_folders(config)
+    tokenizers = TokenizersConfig(text=str(folders.text), image=str(folders.image))
+    config = replace(config, model=tiny, tokenizers=tokenizers)
+    job = build_job(config, world_size=world_size, is_dry_run=True)
     steps = min(STEPS_READ, config.num_train_steps)
     return [part for _, parts in iterate_steps(job.source, 0, steps) for part in parts]
+
+
+def _tokenizer_folders(config: TrainConfig) -> TokenizerFolders:
+    given = config.tokenizers
+    return TokenizerFolders.find(given.text, given.image, pipeline=config.model.init_from)
 
 
 def _without_evaluation(config: TrainConfig) -> TrainConfig:

@@ -47,7 +47,7 @@ def two_root(run_root) -> Path:
             env=environment,
             capture_output=True,
             text=True,
-            timeout=300,
+            timeout=900,
         )
         assert done.returncode == 0, done.stderr[-3000:]
     train(two_config(run_root, "one"))
