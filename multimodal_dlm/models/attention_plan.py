@@ -109,6 +109,13 @@ class AttentionPlan:
         """The plan of some columns that see nothing but each other."""
         return self.select(columns, columns[:0])
 
+    def queries(self, columns: Int[Tensor, " columns"]) -> "AttentionPlan":
+        """The plan of some queries against the keys of the whole canvas, in canvas order."""
+        mask = None if self.mask is None else self.mask[:, :, columns]
+        if mask is not None and bool(mask.all()):
+            mask = None
+        return AttentionPlan(mask, self.order[:, columns], self.is_padding[:, columns])
+
     def bias(self, dtype: torch.dtype) -> Float[Tensor, "batch 1 queries keys"] | None:
         """0 where visible, -inf elsewhere, to be added to scores; made once per dtype."""
         if self.mask is None:

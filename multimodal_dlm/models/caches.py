@@ -5,12 +5,13 @@ from typing import Any
 from jaxtyping import Bool
 from torch import Tensor
 
+from multimodal_dlm.models.approximate_cache import ApproximateCacheConfig
 from multimodal_dlm.models.attention_plan import AttentionPlan
 from multimodal_dlm.models.cache_base import KeyValueCache
 from multimodal_dlm.models.kv_cache import ExactCache, ExactCacheConfig
 from multimodal_dlm.models.prefix_memory import PrefixMemory
 
-CACHE_CONFIGS: tuple[type, ...] = (ExactCacheConfig,)
+CACHE_CONFIGS: tuple[type, ...] = (ExactCacheConfig, ApproximateCacheConfig)
 
 
 class CacheChoice:
@@ -23,14 +24,16 @@ class CacheChoice:
     def build(
         self, model: Any, plan: AttentionPlan, is_free: Bool[Tensor, "batch length"]
     ) -> KeyValueCache | None:
-        """The cache of one canvas; None where nothing can ever be kept (full attention)."""
+        """The cache of one canvas; None where an exact one could keep nothing (full attention)."""
+        shift = int(model.config["logits_shift"])
+        if not _is_exact(self.config):
+            return self.config.cache(self.config, plan, is_free, logits_shift=shift)
         if not bool((plan.order != plan.order[:, :1]).any()):
             return None
         memory = None
         if self.memory.capacity and not getattr(model, "_hf_peft_config_loaded", False):
             self.memory.check(model)
             memory = self.memory
-        shift = int(model.config["logits_shift"])
         return ExactCache(plan, is_free, logits_shift=shift, memory=memory)
 
 
