@@ -1,11 +1,16 @@
 """Kill a training run again and again, and compare it with one that was left alone.
 
-A tiny backbone trains on the committed sample with a checkpoint after every step. It is killed with
+A tiny backbone trains on the committed sample with a checkpoint after every step, an evaluation
+after every fourth, the best step kept, and a loss that is nan in every eleventh. It is killed with
 SIGKILL, which nothing can catch: some time after its start, some time after a checkpoint, as soon
-as a checkpoint is being written, or in its loader worker alone. The same command then runs again,
+as a checkpoint is being written, or in its loader worker alone. The same run then starts again,
 until it finishes. What is left must be that of the undisturbed run, bit for bit: every file of the
-last checkpoint (weights, averages, optimizer, random states, loader position) and every row of the
-metrics but its times. A round that finishes before all kills are done is followed by another.
+last and the best checkpoints (weights, averages, optimizer, random states, loader position,
+statistics) and every row of the metrics but its times. A round that finishes before all kills are
+done is followed by another.
+
+The undisturbed run and every start that is killed at a random instant are fresh interpreters; the
+others are forked from a process that has imported the package (`storm_run.py`).
 
     OMP_NUM_THREADS=1 python benchmarks/kill_storm.py --kills 100 --json out/kill_storm.json
 """
@@ -15,6 +20,8 @@ import hashlib
 import json
 import os
 import random
+import socket
+import subprocess
 import sys
 import tempfile
 import time
@@ -27,6 +34,8 @@ import psutil
 from reporting import finish
 
 ROOT = Path(__file__).resolve().parents[1]
+RUN = Path(__file__).with_name("storm_run.py")
+LOCAL = {"ACCELERATE_USE_CPU": "true", "GLOO_SOCKET_IFNAME": "lo"}
 TIMES = ("tokens_per_s", "elapsed_s", "eta_s")
 KINDS = ("save", "start", "progress", "save", "progress", "worker")
 POLL_S = 0.0005
@@ -41,12 +50,14 @@ class Tally:
         inside_save: Kills that left a checkpoint half written.
         differences: What differed at the end of a round, by round.
         rounds: Rounds finished, with the number of their kills.
+        final_hash: SHA-256 of everything that is compared.
     """
 
     kills: dict[str, int] = field(default_factory=dict)
     inside_save: int = 0
     differences: dict[int, list[str]] = field(default_factory=dict)
     rounds: list[int] = field(default_factory=list)
+    final_hash: str = ""
 
     @property
     def num_kills(self) -> int:
@@ -59,35 +70,119 @@ class Tally:
         return sum(k for i, k in enumerate(self.rounds) if i not in self.differences)
 
 
+class Server:
+    """A process that has imported everything and forks runs, see `storm_run.py`."""
+
+    def __init__(self) -> None:
+        self.process = subprocess.Popen(
+            [sys.executable, str(RUN), "serve"], cwd=ROOT, env=os.environ | LOCAL,
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+        )  # fmt: skip
+        self._read()
+
+    def ask(self, **request: Any) -> Any:
+        """Send one request and return the answer."""
+        assert self.process.stdin is not None
+        self.process.stdin.write(json.dumps(request) + "\n")
+        self.process.stdin.flush()
+        return self._read()
+
+    def _read(self) -> Any:
+        assert self.process.stdout is not None
+        line = self.process.stdout.readline()
+        if not line:
+            raise RuntimeError("The server of warm starts has ended.")
+        return json.loads(line)
+
+    def close(self) -> None:
+        """End it."""
+        assert self.process.stdin is not None
+        self.process.stdin.close()
+        self.process.wait()
+
+
+class Started:
+    """The processes of a run that was started: forked ones, or a launcher with what is below it.
+
+    Args:
+        processes: Main processes.
+        server: Forked them; None when they are children of this process.
+    """
+
+    def __init__(self, processes: list[Any], server: Server | None) -> None:
+        self.processes, self.server = processes, server
+
+    def poll(self) -> int | None:
+        """Exit code once all have ended; as under torchrun, one that fails ends the others."""
+        if self.server is None:
+            return self.processes[0].poll()
+        codes = self.server.ask(pids=[process.pid for process in self.processes])
+        if any(codes) and None in codes:
+            for process, code in zip(self.processes, codes, strict=True):
+                if code is None:
+                    _kill(process)
+        return None if None in codes else next((code for code in codes if code), 0)
+
+    def wait(self) -> int:
+        """Exit code, when all have ended."""
+        while (code := self.poll()) is None:
+            time.sleep(0.005)
+        return code
+
+    def kill(self, *, only_workers: bool = False) -> bool:
+        """Kill all processes, or the loader workers alone; false without any to kill."""
+        found = []
+        for process in self.processes:
+            try:
+                below = process.children(recursive=True)
+            except psutil.NoSuchProcess:
+                continue
+            workers = [child for child in below if _is_worker(child)]
+            found += workers if only_workers else [*below, process]
+        return sum([_kill(process) for process in found]) > 0
+
+
 class Run:
     """One training run in a folder, started as often as it is killed.
 
     Args:
-        folder: Output folder; the cache of codes lies beside it.
+        folder: Output folder; pre-tokenized rows lie beside it.
         num_train_steps: Steps.
         num_processes: Processes that train together.
+        server: Gives warm starts.
     """
 
-    def __init__(self, folder: Path, num_train_steps: int, num_processes: int) -> None:
-        self.folder = folder
-        launcher = [sys.executable, "-m"]
-        if num_processes > 1:
-            launcher += ["torch.distributed.run", "--standalone"]
-            launcher += ["--nproc_per_node", str(num_processes), "-m"]
-        self.command = [
-            *launcher, "multimodal_dlm", "train", "--config", "configs/smoke.yaml",
+    def __init__(
+        self, folder: Path, num_train_steps: int, num_processes: int, server: Server
+    ) -> None:
+        self.folder, self.num_processes, self.server = folder, num_processes, server
+        self.arguments = [
+            "--config", "configs/smoke.yaml",
             "--output_dir", str(folder), "--data.cache_dir", str(folder.parent / "cache"),
             "--num_train_steps", str(num_train_steps), "--checkpoint.every_steps", "1",
             "--data.num_workers", "1", "--data.batch_size", "8", "--log_every_steps", "3",
+            "--grad_norms_every_steps", "5", "--evaluation.every_steps", "4",
+            "--evaluation.num_rows", "8", "--evaluation.num_levels", "2",
         ]  # fmt: skip
 
-    def start(self) -> Any:
-        """Start, or go on."""
-        local = {"ACCELERATE_USE_CPU": "true", "GLOO_SOCKET_IFNAME": "lo"}
-        with self.log.open("ab") as log:
-            return psutil.Popen(
-                self.command, cwd=ROOT, env=os.environ | local, stdout=log, stderr=log
-            )
+    def start(self, *, is_cold: bool = False) -> Started:
+        """Start, or go on: in a fresh interpreter, or forked from a warm one."""
+        if is_cold:
+            launcher = [sys.executable]
+            if self.num_processes > 1:
+                launcher += ["-m", "torch.distributed.run", "--standalone"]
+                launcher += ["--nproc_per_node", str(self.num_processes)]
+            with self.log.open("ab") as log:
+                command = [*launcher, str(RUN), "run", *self.arguments]
+                process = psutil.Popen(
+                    command, cwd=ROOT, env=os.environ | LOCAL, stdout=log, stderr=log
+                )
+            return Started([process], None)
+        environments = [{}] if self.num_processes == 1 else _ranks(self.num_processes)
+        pids = self.server.ask(
+            arguments=self.arguments, environments=environments, log=str(self.log)
+        )
+        return Started([psutil.Process(pid) for pid in pids], self.server)
 
     @property
     def log(self) -> Path:
@@ -109,38 +204,50 @@ class Run:
         return found
 
     def outcome(self) -> dict[str, Any]:
-        """Hashes of the last checkpoint's files, its state, and the metrics without times."""
-        last = self.folder / "checkpoints" / max(self.checkpoints())
-        files = {
-            path.name: hashlib.sha256(path.read_bytes()).hexdigest()
-            for path in sorted(last.glob("*.safetensors"))
-        }
-        state = json.loads((last / "state.json").read_text())
-        del state["config"]["output_dir"]
-        rows = [json.loads(row) for row in (self.folder / "metrics.jsonl").read_text().splitlines()]
-        metrics = [{k: v for k, v in row.items() if k not in TIMES} for row in rows]
-        return {**files, "state.json": state, "metrics.jsonl": metrics}
+        """Hashes of all files of every kept checkpoint, and the metrics without times.
+
+        Kept are the last ones and the best. The hash of a state leaves out the output folder, which
+        differs between runs.
+        """
+        found: dict[str, Any] = {}
+        for name in sorted(self.checkpoints()):
+            for path in sorted((self.folder / "checkpoints" / name).glob("*.safetensors")):
+                found[f"{name}/{path.name}"] = hashlib.sha256(path.read_bytes()).hexdigest()
+            state = json.loads((self.folder / "checkpoints" / name / "state.json").read_text())
+            del state["config"]["output_dir"]
+            found[f"{name}/state.json"] = state
+        for path in sorted(self.folder.glob("*.jsonl")):  # Metrics, and the ledger of samples.
+            rows = [json.loads(row) for row in path.read_text().splitlines()]
+            found[path.name] = [{k: v for k, v in row.items() if k not in TIMES} for row in rows]
+        return found
 
 
-def kill(process: Any, *, only_workers: bool = False) -> bool:
-    """Kill a run, or its loader workers alone; false when there was nothing to kill."""
+def _ranks(count: int) -> list[dict[str, str]]:
+    """What torchrun would set for each process."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = str(probe.getsockname()[1])
+    shared = {"WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": str(count)}
+    shared |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    return [shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(count)]
+
+
+def _kill(process: Any) -> bool:
     try:
-        below = process.children(recursive=True)
-        if only_workers:
-            below = [child for child in below if not child.children() and _is_worker(child)]
-            if not below:
-                return False
-        for victim in [*below, *([] if only_workers else [process])]:
-            victim.kill()
+        process.kill()
     except psutil.NoSuchProcess:
         return False
     return True
 
 
 def _is_worker(process: psutil.Process) -> bool:
-    """A forked loader worker runs its parent's command."""
-    parent = process.parent()
-    return parent is not None and parent.cmdline() == process.cmdline()
+    """A loader worker is forked: it runs its parent's command, and has nothing below it."""
+    try:
+        parent = process.parent()
+        is_forked = parent is not None and parent.cmdline() == process.cmdline()
+        return is_forked and not process.children()
+    except psutil.NoSuchProcess:
+        return False
 
 
 def strike(run: Run, kind: str, draw: random.Random, start_s: float, tally: Tally) -> bool:
@@ -160,7 +267,7 @@ def strike(run: Run, kind: str, draw: random.Random, start_s: float, tally: Tall
         RuntimeError: When the run ends in an error of its own.
     """
     before, left = run.checkpoints(), run.unfinished()
-    process = run.start()
+    process = run.start(is_cold=kind == "start")
     began = time.monotonic()
     delay = draw.uniform(0, start_s) if kind == "start" else draw.uniform(0, 0.6)
 
@@ -178,7 +285,7 @@ def strike(run: Run, kind: str, draw: random.Random, start_s: float, tally: Tall
     if kind == "save":
         delay = draw.uniform(0, 0.02)
     time.sleep(delay)
-    is_killed = process.poll() is None and kill(process, only_workers=kind == "worker")
+    is_killed = process.poll() is None and process.kill(only_workers=kind == "worker")
     code = process.wait()
     if not is_killed:
         if code:
@@ -208,9 +315,10 @@ def storm(folder: Path, *, kills: int, num_train_steps: int, processes: int, see
         processes: Processes that train together.
         seed: Of the instants.
     """
-    calm = Run(folder / "calm", num_train_steps, processes)
+    server = Server()
+    calm = Run(folder / "calm", num_train_steps, processes, server)
     began = time.monotonic()
-    code = calm.start().wait()
+    code = calm.start(is_cold=True).wait()
     if code:
         raise RuntimeError(f"The undisturbed run ended with {code}:\n{_tail(calm.log)}")
     start_s = min(8.0, time.monotonic() - began)
@@ -218,7 +326,8 @@ def storm(folder: Path, *, kills: int, num_train_steps: int, processes: int, see
     draw, tally = random.Random(seed), Tally()
     while tally.num_kills < kills:
         number = len(tally.rounds)
-        run, first = Run(folder / f"round-{number}", num_train_steps, processes), tally.num_kills
+        run = Run(folder / f"round-{number}", num_train_steps, processes, server)
+        first = tally.num_kills
         is_finished = False
         while not is_finished and tally.num_kills < kills:
             kind = KINDS[tally.num_kills % len(KINDS)]
@@ -232,6 +341,8 @@ def storm(folder: Path, *, kills: int, num_train_steps: int, processes: int, see
         tally.rounds.append(tally.num_kills - first)
         print(f"round {number}: {'differs in ' + ', '.join(wrong) if wrong else 'identical'}",
               file=sys.stderr)  # fmt: skip
+    server.close()
+    tally.final_hash = hashlib.sha256(json.dumps(expected, sort_keys=True).encode()).hexdigest()
     return tally
 
 
@@ -248,6 +359,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", type=Path, help="file to write the report to")
     args = parser.parse_args()
+    began = time.monotonic()
     with tempfile.TemporaryDirectory() as folder:
         tally = storm(
             Path(folder),
@@ -263,6 +375,8 @@ def main() -> None:
         "kills_by_aim": tally.kills,
         "rounds": tally.rounds,
         "differences": tally.differences,
+        "final_hash": tally.final_hash,
+        "seconds": round(time.monotonic() - began),
         "settings": {"steps": args.steps, "processes": args.processes, "seed": args.seed},
     }
     finish(report, args.json)

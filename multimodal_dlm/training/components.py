@@ -26,6 +26,7 @@ from multimodal_dlm.tokenizers.text import load_text_tokenizer, text_fingerprint
 from multimodal_dlm.training.batches import BatchSource, CanvasBatches, PixelBatches
 from multimodal_dlm.training.config import TrainConfig
 from multimodal_dlm.training.initialisation import start_from_features
+from multimodal_dlm.training.lora import add_lora, has_lora, merged_copy, save_lora
 from multimodal_dlm.training.objectives import build_objective
 from multimodal_dlm.training.objectives.base import Objective
 from multimodal_dlm.training.randomness import EVALUATION_SEED
@@ -160,6 +161,8 @@ def _transformer_job(
     model = _build_transformer(config, vocabulary, layout)
     if config.model.init_from is None:
         start_from_features(model, "image", image_tokenizer.code_features(), seed=config.seed)
+    if config.lora.rank:
+        add_lora(model, config.lora, seed=config.seed)
     processor = UnifiedProcessor(
         vocabulary=vocabulary,
         layout=model.layout or layout,
@@ -197,8 +200,10 @@ def _transformer_job(
     }
 
     def export(trained: Any, path: Path) -> None:
-        transformer: Any = UnifiedTransformerModel.from_config(trained.config)
-        transformer.load_state_dict(trained.state_dict())
+        if has_lora(trained) and not config.lora.merge:
+            save_lora(trained, path)
+            return
+        transformer = merged_copy(trained)
         UnifiedTextToImagePipeline(
             transformer=transformer.to(getattr(torch, config.export.dtype)).eval(),
             scheduler=components["scheduler"],

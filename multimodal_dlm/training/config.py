@@ -37,6 +37,23 @@ class ModelConfig:
 
 
 @dataclass(frozen=True)
+class LoRAConfig:
+    """Fine-tuning by low-rank adapters (Hu et al. 2021, arXiv 2106.09685).
+
+    Args:
+        rank: Rank of the adapters; 0 trains all weights.
+        alpha: The adapters' product is scaled by alpha / rank; None for alpha = rank.
+        target_modules: Names of the linear layers that get one; never `head` or `embed_tokens`.
+        merge: Export a whole pipeline with the adapters added in, instead of the adapters alone.
+    """
+
+    rank: int = 0
+    alpha: float | None = None
+    target_modules: tuple[str, ...] = ("to_qkv", "to_out", "gate_up_proj", "down_proj")
+    merge: bool = False
+
+
+@dataclass(frozen=True)
 class TokenizersConfig:
     """Tokenizer folders; None for those of the pipeline `model.init_from`, if it is one.
 
@@ -196,6 +213,7 @@ class TrainConfig:
         num_train_steps: Optimizer steps.
         seed: Of initial weights, data order and every draw.
         model: The component that is trained.
+        lora: Adapters trained in place of the component's own weights.
         tokenizers: Tokenizer folders.
         data: What is read.
         objective: What is minimised.
@@ -223,6 +241,7 @@ class TrainConfig:
     num_train_steps: int
     seed: int = 0
     model: ModelConfig = field(default_factory=ModelConfig)
+    lora: LoRAConfig = field(default_factory=LoRAConfig)
     tokenizers: TokenizersConfig = field(default_factory=TokenizersConfig)
     data: DataConfig = field(default_factory=DataConfig)
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
@@ -260,6 +279,15 @@ class TrainConfig:
             _at_least("data.micro_batch_size", self.data.micro_batch_size, 1)
         if self.data.pack_length is not None:
             _at_least("data.pack_length", self.data.pack_length, 1)
+        _at_least("lora.rank", self.lora.rank, 0)
+        if self.lora.rank and (
+            self.model.init_from is None or self.model.component != "transformer"
+        ):
+            raise ConfigError(
+                f"`lora.rank` above 0 needs a trained backbone in `model.init_from`; got rank"
+                f" {self.lora.rank}, `model.component` {self.model.component} and `init_from`"
+                f" {self.model.init_from}. Give the folder of a pipeline."
+            )
         if not 0.0 <= self.ema_decay < 1.0:
             raise ConfigError(f"`ema_decay` must lie in [0, 1); got {self.ema_decay}. Use 0.999.")
         if self.optimizer.lr <= 0:
@@ -286,6 +314,7 @@ RESUMABLE_CHANGES = (
     "export.use_ema",
     "grad_norms_every_steps",
     "gradient_checkpointing",
+    "lora.merge",
     "log_every_steps",
     "output_dir",
     "sample_every_steps",

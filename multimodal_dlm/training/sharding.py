@@ -27,6 +27,7 @@ from torch.optim import Optimizer
 
 from multimodal_dlm.errors import ConfigError
 from multimodal_dlm.training.ema import ExponentialMovingAverage
+from multimodal_dlm.training.lora import empty_copy
 from multimodal_dlm.training.shards import whole_tensors
 
 BuildOptimizer = Callable[[nn.Module], Optimizer]
@@ -139,7 +140,7 @@ class ShardedModel(ReplicatedModel):
         averages = ema.gathered(keep=is_main) if ema is not None else None
         if not is_main:
             return None, None
-        copy: Any = type(self.model).from_config(self.model.config)
+        copy = empty_copy(self.model)
         copy.load_state_dict(weights)
         return copy.to(self.accelerator.device), averages
 

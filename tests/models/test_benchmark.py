@@ -31,7 +31,7 @@ OPTIONS = {
     "training_step": TINY_STEP,
     "text_to_image": ["--batches", "1", "2", "--repeats", "1"],
     "image_to_text": ["--repeats", "1"],
-    "kill_storm": ["--kills", "3", "--steps", "8"],
+    "kill_storm": ["--kills", "3", "--steps", "12"],
 }
 
 
@@ -54,7 +54,8 @@ def report(tmp_path, monkeypatch, capsys):
 
 
 def test_every_script_is_listed():
-    scripts = {path.stem for path in FOLDER.glob("*.py")} - {"reporting", "live_bytes"}
+    helpers = {"live_bytes", "reporting", "storm_run"}
+    scripts = {path.stem for path in FOLDER.glob("*.py")} - helpers
     assert scripts == set(OPTIONS)
     page = (FOLDER / "README.md").read_text()
     assert all(f"`{name}.py`" in page for name in scripts)
@@ -132,6 +133,7 @@ def test_kill_storm(report):
     assert found["kills"] == found["identical"] == sum(found["rounds"]) == 3
     assert found["differences"] == {}
     assert found["kills_by_aim"] == {"save": 1, "start": 1, "progress": 1}
+    assert len(found["final_hash"]) == 64
 
 
 @pytest.mark.slow
