@@ -48,7 +48,7 @@ class LoRAConfig:
     """
 
     rank: int = 0
-    alpha: float | None = None
+    alpha: int | None = None
     target_modules: tuple[str, ...] = ("to_qkv", "to_out", "gate_up_proj", "down_proj")
     merge: bool = False
 
@@ -197,11 +197,13 @@ class ExportConfig:
         folder: Where the component or pipeline is saved; None for `<output_dir>/pipeline`.
         dtype: Of the saved backbone.
         use_ema: Save the averaged weights.
+        use_best: Save those of the best checkpoint instead of the last step's.
     """
 
     folder: str | None = None
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
     use_ema: bool = True
+    use_best: bool = False
 
 
 @dataclass(frozen=True)
@@ -279,6 +281,14 @@ class TrainConfig:
             _at_least("data.micro_batch_size", self.data.micro_batch_size, 1)
         if self.data.pack_length is not None:
             _at_least("data.pack_length", self.data.pack_length, 1)
+        if self.export.use_best and not (
+            self.evaluation.every_steps and self.checkpoint.best_metric
+        ):
+            raise ConfigError(
+                "`export.use_best` needs `evaluation.every_steps` above 0 and a"
+                f" `checkpoint.best_metric`; got {self.evaluation.every_steps} and"
+                f" {self.checkpoint.best_metric}. Set both or export the last step."
+            )
         _at_least("lora.rank", self.lora.rank, 0)
         if self.lora.rank and (
             self.model.init_from is None or self.model.component != "transformer"
@@ -311,6 +321,7 @@ RESUMABLE_CHANGES = (
     "data.pack_length",
     "export.dtype",
     "export.folder",
+    "export.use_best",
     "export.use_ema",
     "grad_norms_every_steps",
     "gradient_checkpointing",

@@ -8,6 +8,7 @@ from typing import Any
 
 from multimodal_dlm.training.batches import iterate_steps
 from multimodal_dlm.training.callbacks import Callback, TrainState
+from multimodal_dlm.training.checkpoint import best_checkpoint, load_checkpoint
 from multimodal_dlm.training.components import Job, build_job
 from multimodal_dlm.training.config import TrainConfig
 from multimodal_dlm.training.launching import open_accelerator
@@ -106,6 +107,13 @@ def _export(config: TrainConfig, job: Job, trainer: Trainer) -> Path:
     folder = Path(config.export.folder or Path(config.output_dir) / "pipeline")
     model, ema = trainer.parallel.gathered(trainer.ema)
     if trainer.accelerator.is_main_process:
+        best = best_checkpoint(trainer.keeper.folder) if config.export.use_best else None
+        if best is not None:
+            checkpoint = load_checkpoint(best)
+            model.load_state_dict(checkpoint.tensors["model"])
+            if ema is not None:
+                ema.weights = dict(checkpoint.tensors["ema"])
+            logger.info("The best step is %d.", checkpoint.step)
         with ema.applied(model) if config.export.use_ema and ema else nullcontext():
             job.export(model, folder)
         logger.info("Exported to %s.", folder)

@@ -7,14 +7,17 @@ import pytest
 import torch
 
 from multimodal_dlm.errors import ConfigError
+from multimodal_dlm.pipelines import load_pipeline
 from multimodal_dlm.training.checkpoint import best_checkpoint, load_checkpoint
 from multimodal_dlm.training.components import build_job
 from multimodal_dlm.training.config import (
     CheckpointConfig,
     DataConfig,
     EvaluationConfig,
+    ExportConfig,
     ModelConfig,
     ObjectiveConfig,
+    TrainConfig,
 )
 from multimodal_dlm.training.evaluation_loop import BestStep
 from multimodal_dlm.training.objectives import MaskedDiffusion
@@ -93,7 +96,11 @@ def test_the_grid_has_one_count_of_every_row_in_every_band(run_root):
 
 def test_the_best_step_is_saved_and_outlives_later_ones(run_root):
     config = evaluated(run_root, "best", num_train_steps=8, sample_every_steps=1, ema_decay=0.0)
-    config = dataclasses.replace(config, checkpoint=CheckpointConfig(every_steps=3, keep_last=1))
+    config = dataclasses.replace(
+        config,
+        checkpoint=CheckpointConfig(every_steps=3, keep_last=1),
+        export=ExportConfig(dtype="float32", use_best=True),
+    )
 
     def spoil(state) -> None:
         """From step 4 on the weights are worse than before."""
@@ -101,7 +108,7 @@ def test_the_best_step_is_saved_and_outlives_later_ones(run_root):
             with torch.no_grad():
                 state.model.embed_tokens.weight.mul_(2.0)
 
-    train(config, callbacks=[spoil])
+    exported = train(config, callbacks=[spoil])["export"]
     values = {row["step"]: row["eval/loss"] for row in evaluations(config)}
     best = min(values, key=values.__getitem__)
     folder = Path(config.output_dir) / "checkpoints"
@@ -111,6 +118,9 @@ def test_the_best_step_is_saved_and_outlives_later_ones(run_root):
     ]  # fmt: skip
     found = best_checkpoint(folder)
     assert found == folder / f"step-0000000{best}"
+    weights = load_checkpoint(found).tensors["model"]
+    released = load_pipeline(exported).transformer.state_dict()
+    assert all(torch.equal(tensor, released[name]) for name, tensor in weights.items())
     state = load_checkpoint(folder / "step-00000008").state
     assert state["best"] == {
         "metric": "eval/loss", "mode": "min", "value": values[best], "step": best
@@ -131,6 +141,8 @@ def test_best_follows_its_direction_and_refuses_a_metric_that_is_not_there():
     assert highest.step == 1
     with pytest.raises(ConfigError, match=r"got `eval/a`. There are `eval/b`"):
         lowest.is_improved_by(1, {"eval/b": 1.0})
+    with pytest.raises(ConfigError, match=r"`export.use_best` needs `evaluation.every_steps`"):
+        TrainConfig("out", 1, export=ExportConfig(use_best=True))
 
 
 def test_an_image_tokenizer_is_evaluated_too(run_root):
