@@ -18,10 +18,12 @@ from typing import Any
 
 import yaml
 
+from multimodal_dlm.datasets.filters import Filter
 from multimodal_dlm.datasets.row_groups import TEXT_KINDS, Codebooks
 from multimodal_dlm.datasets.storage import AnyPath, as_path
+from multimodal_dlm.datasets.templates import check_templates
 from multimodal_dlm.datasets.writing import ShardInfo
-from multimodal_dlm.errors import DataError, unknown_name
+from multimodal_dlm.errors import DataError, nearest_match, unknown_name
 
 DATASET_ENTRIES = (
     "name",
@@ -36,7 +38,9 @@ DATASET_ENTRIES = (
     "caption_weights",
     "splits",
 )
-MEMBER_CHANGES = ("balance_answers", "question_weights")  # Entries only a mixture's member has.
+# Entries that only a mixture's member has.
+MEMBER_CHANGES = ("balance_answers", "question_weights", "filter", "templates", "passes")
+MIXTURE_OPTIONS = ("temperature", "licenses")
 _MIXTURE_ENTRIES = ("name", "mixture")
 _MEMBER_ENTRIES = (
     "manifest",
@@ -121,6 +125,22 @@ class Source:
         return dict(self.details.get("question_weights", {}))
 
     @property
+    def filter(self) -> Filter | None:
+        """Which samples are drawn; None for all."""
+        content = self.details.get("filter")
+        return None if content is None else Filter.from_dict(content, f"`{self.name}`")
+
+    @property
+    def templates(self) -> tuple[str, ...]:
+        """Templates that make the captions; empty for those of the records."""
+        return tuple(self.details.get("templates", ()))
+
+    @property
+    def passes(self) -> float | None:
+        """Passes over its samples in an epoch; None where weights decide."""
+        return self.details.get("passes")
+
+    @property
     def codebooks(self) -> Codebooks | None:
         """What the codes of a pre-tokenized source mean; None for raw shards."""
         return self.details.get("tokenized")
@@ -137,10 +157,15 @@ class Manifest:
     Args:
         name: Name of the mixture.
         sources: Its datasets by name.
+        temperature: Sources are drawn in proportion to size^(1 / temperature); None where weights
+            or passes decide.
+        licenses: Licences that a source may have; None for any.
     """
 
     name: str
     sources: Mapping[str, Source]
+    temperature: float | None = None
+    licenses: tuple[str, ...] | None = None
 
     @property
     def splits(self) -> tuple[str, ...]:
@@ -152,8 +177,10 @@ class Manifest:
 
         Pre-tokenized shards count as the raw ones they were made from.
         """
+        heat = {} if self.temperature is None else {"temperature": self.temperature}
         return {
             "name": self.name,
+            **heat,
             "sources": {
                 name: {
                     **{k: v for k, v in source.details.items() if k not in _OPTIONAL_ENTRIES},
@@ -193,9 +220,13 @@ def open_manifest(path: str | AnyPath, data_root: str | AnyPath | None = None) -
     if "mixture" not in content:
         source = _open_dataset(path, root, {})
         return Manifest(source.name, {source.name: source})
-    _check_entries(content, _MIXTURE_ENTRIES, str(path))
+    known = (*_MIXTURE_ENTRIES, *MIXTURE_OPTIONS)
+    _check_entries(content, known, str(path), required=_MIXTURE_ENTRIES)
+    members = content["mixture"]
+    if not isinstance(members, list) or not all(isinstance(m, Mapping) for m in members):
+        raise DataError(f"{path}: `mixture` must be a list of members; got {members!r}.")
     sources: dict[str, Source] = {}
-    for member in content["mixture"]:
+    for member in members:
         changes = dict(member)
         _check_entries(changes, _MEMBER_ENTRIES, f"{path}: a member", required=("manifest",))
         inner = path.parent / changes.pop("manifest")
@@ -205,7 +236,45 @@ def open_manifest(path: str | AnyPath, data_root: str | AnyPath | None = None) -
         sources[source.name] = source
     if not sources:
         raise DataError(f"{path}: `mixture` must name at least one manifest; got none.")
-    return Manifest(content["name"], sources)
+    temperature = _check_weighting(path, content.get("temperature"), members)
+    licenses = _check_licenses(path, content.get("licenses"), sources)
+    return Manifest(content["name"], sources, temperature, licenses)
+
+
+def _check_weighting(path: AnyPath, temperature: Any, members: Sequence[Any]) -> float | None:
+    """One way of weighting in a mixture: weights, a temperature, or the passes of every member."""
+    stated = [member for member in members if "passes" in member]
+    if stated and len(stated) < len(members):
+        raise DataError(f"{path}: `passes` must be given for every member or for none.")
+    if stated and temperature is not None:
+        raise DataError(f"{path}: give `temperature` or `passes`, not both.")
+    if (stated or temperature is not None) and any("weight" in member for member in members):
+        raise DataError(
+            f"{path}: `weight` must not be given with `temperature` or `passes`, which set it."
+        )
+    if temperature is None:
+        return None
+    if isinstance(temperature, bool) or not isinstance(temperature, int | float) or temperature < 1:
+        raise DataError(f"{path}: `temperature` must be at least 1; got {temperature!r}. Use 2.")
+    return float(temperature)
+
+
+def _check_licenses(
+    path: AnyPath, licenses: Any, sources: Mapping[str, Source]
+) -> tuple[str, ...] | None:
+    """Refuse a source whose licence is not among those the mixture allows."""
+    if licenses is None:
+        return None
+    if not isinstance(licenses, list) or not all(isinstance(name, str) for name in licenses):
+        raise DataError(f"{path}: `licenses` must be a list of SPDX expressions; got {licenses!r}.")
+    for name, source in sources.items():
+        if source.license not in licenses:
+            raise DataError(
+                f"{path}: source `{name}` must have one of the `licenses` {', '.join(licenses)};"
+                f" it has {source.license}.{nearest_match(source.license, licenses)} Leave the"
+                " source out, or allow its licence."
+            )
+    return tuple(licenses)
 
 
 def write_dataset_manifest(
@@ -248,6 +317,7 @@ def _open_dataset(path: AnyPath, root: AnyPath | None, changes: Mapping[str, Any
     known_entries = (*DATASET_ENTRIES, *_OPTIONAL_ENTRIES)
     _check_entries(content, known_entries, str(path), required=DATASET_ENTRIES)
     content.update(changes)
+    _check_member(path, content, changes)
     if "tokenized" in content:
         content["tokenized"] = Codebooks.from_dict(content["tokenized"], str(path))
     if not isinstance(content.get("balance_answers", False), bool):
@@ -282,6 +352,20 @@ def _open_dataset(path: AnyPath, root: AnyPath | None, changes: Mapping[str, Any
         splits=splits,
         details={name: value for name, value in content.items() if name not in known},
     )
+
+
+def _check_member(path: AnyPath, content: dict[str, Any], changes: Mapping[str, Any]) -> None:
+    """Entries of a mixture's member that a dataset manifest cannot have."""
+    where = f"{path} in a mixture"
+    if "filter" in content:
+        Filter.from_dict(content["filter"], where)
+    if "templates" in content:
+        check_templates(content["templates"], where)
+        if "caption_weights" not in changes:  # Those of the dataset weigh its own captions.
+            content["caption_weights"] = {}
+    passes = content.get("passes", 1)
+    if isinstance(passes, bool) or not isinstance(passes, int | float) or not 0 < passes < 1e6:
+        raise DataError(f"{where}: `passes` must be a number above 0; got {passes!r}. Use 1.")
 
 
 def _open_shard(

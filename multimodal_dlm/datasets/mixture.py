@@ -7,19 +7,29 @@ ranks and workers.
 """
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from torch.utils.data import IterableDataset, get_worker_info
 
 from multimodal_dlm.datasets.asking import QuestionWeights
-from multimodal_dlm.datasets.manifest import Manifest
+from multimodal_dlm.datasets.manifest import Manifest, Source
 from multimodal_dlm.datasets.ordering import QuotaOrder, SourceOrder
 from multimodal_dlm.datasets.reading import missing_split
 from multimodal_dlm.datasets.row_reading import open_reader
 from multimodal_dlm.datasets.sampling import KeyedDraws, pick
 from multimodal_dlm.datasets.schema import Record
+from multimodal_dlm.datasets.selection import (
+    FILLED,
+    YIELDED,
+    Selection,
+    check_budget,
+    select,
+    unusable_samples,
+)
+from multimodal_dlm.datasets.templates import fill_template
+from multimodal_dlm.datasets.weighting import slot_shares
 from multimodal_dlm.errors import ConfigError, DataError
 
 QUESTION_TASKS = ("vqa", "text")
@@ -41,7 +51,8 @@ class TrainingExample:
         window_draw: A uniform number that sets the length of a free text window.
         mask_draw: A uniform number for the objective's own choices, such as rectangular holes.
         record: The whole record.
-        weight: 1, or 0 for a row that only fills the last batch of an epoch.
+        outcome: `yielded`; `filled` for a row that only fills the last batch of an epoch; for a
+            skipped sample the reason: then the row shows another sample.
     """
 
     source: str
@@ -54,12 +65,39 @@ class TrainingExample:
     window_draw: float
     mask_draw: float
     record: Record
-    weight: float = 1.0
+    outcome: str = YIELDED
+
+    @property
+    def weight(self) -> float:
+        """1, or 0 for a row that does not count."""
+        return float(self.outcome == YIELDED)
 
     @property
     def sample_index(self) -> tuple[str, int]:
         """Source and number: where codes encoded beforehand are kept."""
         return self.source, self.index
+
+
+@dataclass(frozen=True)
+class EpochPlan:
+    """What an epoch must hold.
+
+    Args:
+        batch_size: Rows of a global batch.
+        num_batches: Global batches.
+        slots: Rows of each source, those that only fill the last batch left out.
+        selections: What is drawn of each source.
+    """
+
+    batch_size: int
+    num_batches: int
+    slots: Mapping[str, int]
+    selections: Mapping[str, Selection]
+
+    @property
+    def num_rows(self) -> int:
+        """Rows of an epoch."""
+        return self.batch_size * self.num_batches
 
 
 class MixtureReader(IterableDataset[list[TrainingExample]]):
@@ -77,10 +115,13 @@ class MixtureReader(IterableDataset[list[TrainingExample]]):
         batch_size: Rows of the global batch.
         rank: This process.
         world_size: Number of processes; divides `batch_size`.
+        max_skipped: Unusable samples of a source that may be skipped, a share of them (below 1) or
+            a number; every byte is read to find them. 0 stops at the first, when it is drawn.
 
     Raises:
         ConfigError: When `world_size` does not divide `batch_size` or `rank` is out of range.
-        DataError: When no source has the split, or one has no tasks.
+        DataError: When no source has the split, one has no tasks, a filter leaves nothing, or more
+            than `max_skipped` samples are unusable.
     """
 
     def __init__(
@@ -92,6 +133,7 @@ class MixtureReader(IterableDataset[list[TrainingExample]]):
         batch_size: int,
         rank: int = 0,
         world_size: int = 1,
+        max_skipped: float = 0,
     ) -> None:
         if batch_size < 1 or batch_size % world_size:
             raise ConfigError(
@@ -112,31 +154,53 @@ class MixtureReader(IterableDataset[list[TrainingExample]]):
         self.fingerprint = manifest.fingerprint
         self.next_batch = 0
         self._is_own_turn = False  # `next_batch` is this worker's, not that of all workers.
-        self.readers = {name: open_reader(source, split) for name, source in self.sources.items()}
+        self.readers = {
+            name: open_reader(source, split, is_lenient=max_skipped > 0)
+            for name, source in self.sources.items()
+        }
+        self.selections = {
+            name: self._select(source, max_skipped) for name, source in self.sources.items()
+        }
         self._asking = {
             name: QuestionWeights(
-                (reader.record(index) for index in range(len(reader))),
+                (reader.record(index) for index in self.selections[name].good_numbers()),
                 by_type=self.sources[name].question_weights,
                 balance_answers=self.sources[name].balance_answers,
             )
             for name, reader in self.readers.items()
             if self.sources[name].balance_answers or self.sources[name].question_weights
         }
-        weights = {name: source.weight for name, source in self.sources.items()}
-        self._mixture = QuotaOrder(weights, seed=seed, stream="sources")
+        shares, total = slot_shares(
+            {name: source.weight for name, source in self.sources.items()},
+            {name: selection.size for name, selection in self.selections.items()},
+            temperature=manifest.temperature,
+            passes={n: s.passes for n, s in self.sources.items() if s.passes is not None},
+        )
+        self._mixture = QuotaOrder(shares, seed=seed, stream="sources")
         self._tasks = {
             name: QuotaOrder(source.tasks, seed=seed, stream=f"tasks/{name}")
             for name, source in self.sources.items()
         }
         self._samples = {
-            name: SourceOrder(
-                [shard.count for shard in source.splits[split]], seed=seed, stream=name
-            )
-            for name, source in self.sources.items()
+            name: SourceOrder(selection.counts, seed=seed, stream=name)
+            for name, selection in self.selections.items()
         }
-        total = sum(source.count(split) for source in self.sources.values())
         self.slots_per_epoch = math.ceil(total / self._mixture.size) * self._mixture.size
         self.batches_per_epoch = math.ceil(self.slots_per_epoch / batch_size)
+
+    def _select(self, source: Source, max_skipped: float) -> Selection:
+        """What is drawn of a source; without a budget nothing is looked for that is not asked."""
+        reader, where = self.readers[source.name], f"`{source.name}`, split `{self.split}`"
+        skipped = unusable_samples(reader) if max_skipped else {}
+        check_budget(skipped, len(reader), max_skipped, where)
+        return select(reader, source.filter, skipped, where)
+
+    @property
+    def epoch_plan(self) -> EpochPlan:
+        """What every epoch must hold."""
+        blocks = self.slots_per_epoch // self._mixture.size
+        slots = {name: quota * blocks for name, quota in self._mixture.quotas.items()}
+        return EpochPlan(self.batch_size, self.batches_per_epoch, slots, self.selections)
 
     def __iter__(self) -> Iterator[list[TrainingExample]]:
         _, stride = self._worker()
@@ -168,6 +232,8 @@ class MixtureReader(IterableDataset[list[TrainingExample]]):
     def example(self, epoch: int, slot: int) -> TrainingExample:
         """The example of one slot; slots beyond the epoch repeat it with weight 0.
 
+        A skipped sample's row has weight 0 too and shows the next good sample of its source.
+
         Raises:
             DataError: When the sample is unusable or lacks what its task needs.
         """
@@ -176,11 +242,20 @@ class MixtureReader(IterableDataset[list[TrainingExample]]):
         name, draw = self._mixture[epoch * self.slots_per_epoch + slot]
         source = self.sources[name]
         task, _ = self._tasks[name][draw]
-        index = self._samples[name][draw]
+        selection, place = self.selections[name], self._samples[name][draw]
+        index = selection.number(place)
+        outcome = FILLED if is_padding else selection.skipped.get(index, YIELDED)
+        if index in selection.skipped:
+            index = selection.stand_in(place)
         record = self.readers[name].record(index)
         choice, window, mask_draw = KeyedDraws(self.seed, "example", epoch, slot).uniforms(3)
         instruction, text = task_texts(
-            record, task, float(choice), source.caption_weights, self._asking.get(name)
+            record,
+            task,
+            float(choice),
+            source.caption_weights,
+            self._asking.get(name),
+            source.templates,
         )
         return TrainingExample(
             source=name,
@@ -193,7 +268,7 @@ class MixtureReader(IterableDataset[list[TrainingExample]]):
             window_draw=float(window),
             mask_draw=float(mask_draw),
             record=record,
-            weight=0.0 if is_padding else 1.0,
+            outcome=outcome,
         )
 
     def state_dict(self) -> dict[str, Any]:
@@ -277,6 +352,7 @@ def task_texts(
     u: float,
     caption_weights: Mapping[str, Any],
     asking: QuestionWeights | None = None,
+    templates: Sequence[str] = (),
 ) -> tuple[str | None, str]:
     """Instruction and text of a record for a task.
 
@@ -286,9 +362,11 @@ def task_texts(
         u: Uniform number in [0, 1) that picks among them.
         caption_weights: Weights of the captions by task; evenly where a task has none.
         asking: Weights of the questions; None asks them evenly.
+        templates: Make the captions, in the place of the record's own.
 
     Raises:
-        DataError: When the record has no questions, or fewer captions than weights.
+        DataError: When the record has no questions, fewer captions than weights, or lacks a field
+            of a template.
     """
     if task in QUESTION_TASKS:
         if not record.qa:
@@ -299,10 +377,12 @@ def task_texts(
         weights = [1.0] * len(record.qa) if asking is None else asking.weights(record)
         asked = record.qa[pick(u, weights)]
         return asked.question, asked.answer
-    weights = caption_weights.get(task) or [1] * len(record.captions)
-    if len(weights) != len(record.captions):
+    captions = templates or record.captions
+    weights = caption_weights.get(task) or [1] * len(captions)
+    if len(weights) != len(captions):
         raise DataError(
             f"`caption_weights.{task}` must have one weight for each caption; got {len(weights)}"
-            f" for the {len(record.captions)} captions of sample {record.key}."
+            f" for the {len(captions)} captions of sample {record.key}."
         )
-    return None, record.captions[pick(u, weights)]
+    chosen = captions[pick(u, weights)]
+    return None, fill_template(chosen, record) if templates else chosen

@@ -18,6 +18,7 @@ import yaml
 
 from multimodal_dlm.datasets.manifest import (
     MEMBER_CHANGES,
+    MIXTURE_OPTIONS,
     ShardFile,
     Source,
     open_manifest,
@@ -150,9 +151,14 @@ def tokenize_manifest(
         for left in (output / name).glob("*.partial"):  # Of a run that was killed while it wrote.
             left.unlink()
     members = [_write_manifest(output, source, wanted) for source in made.values()]
+    if opened.temperature is not None or any("passes" in member for member in members):
+        members = [{k: v for k, v in member.items() if k != "weight"} for member in members]
     if not is_mixture:
         return output / f"{opened.name}.yaml"
-    text = yaml.safe_dump({"name": opened.name, "mixture": members}, sort_keys=False, width=1000)
+    chosen = {name: getattr(opened, name) for name in MIXTURE_OPTIONS}
+    given = {n: list(v) if isinstance(v, tuple) else v for n, v in chosen.items() if v is not None}
+    content = {"name": opened.name, **given, "mixture": members}
+    text = yaml.safe_dump(content, sort_keys=False, width=1000)
     (output / path.name).write_text(f"# {_COMMENT}\n{text}")
     return output / path.name
 

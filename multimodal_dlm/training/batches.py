@@ -11,7 +11,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from multimodal_dlm.canvas import Canvas
-from multimodal_dlm.datasets.mixture import MixtureReader, TrainingExample
+from multimodal_dlm.datasets.mixture import EpochPlan, MixtureReader, TrainingExample
 from multimodal_dlm.processing import TrainingRow, UnifiedProcessor
 from multimodal_dlm.tokenizers.image import pixels_from_images
 from multimodal_dlm.training.objectives.base import Batch
@@ -23,6 +23,11 @@ class BatchSource(Protocol):
 
     def batches(self, step: int) -> list[Batch]:
         """This process's micro-batches of global batch `step`."""
+        ...
+
+    @property
+    def epoch_plan(self) -> EpochPlan:
+        """What every epoch must hold."""
         ...
 
     def state(self, next_step: int) -> dict[str, Any]:
@@ -41,6 +46,11 @@ class _MixtureBatches:
         self.reader = reader
         self.num_rows = reader.batch_size // reader.world_size
         self.micro_batch_size = min(micro_batch_size or self.num_rows, self.num_rows)
+
+    @property
+    def epoch_plan(self) -> EpochPlan:
+        """What every epoch must hold."""
+        return self.reader.epoch_plan
 
     def state(self, next_step: int) -> dict[str, Any]:
         """JSON record of the position before global batch `next_step`."""
@@ -106,6 +116,7 @@ class CanvasBatches(_MixtureBatches):
                     packing=pack_rows(part.is_padding, self.pack_length)
                     if self.pack_length
                     else None,
+                    outcomes=tuple(example.outcome for example in chosen),
                 )
             )
         return batches
@@ -135,6 +146,7 @@ class PixelBatches(_MixtureBatches):
                     inputs=pixels_from_images([sample.image for sample in samples]),
                     keys=tuple(f"{example.source}/{example.key}" for example in chosen),
                     rows=tuple(first + index for index in chunk),
+                    outcomes=tuple(example.outcome for example in chosen),
                 )
             )
         return batches

@@ -73,6 +73,7 @@ class Portion:
         batch_size: Rows of the global batch.
         rank: This process.
         world_size: All processes.
+        max_skipped: Unusable samples that may be skipped, a share or a number.
     """
 
     split: str
@@ -80,6 +81,7 @@ class Portion:
     batch_size: int
     rank: int
     world_size: int
+    max_skipped: float = 0.0
 
     def read(self, manifest: Manifest) -> MixtureReader:
         """The reader of a manifest."""
@@ -104,7 +106,14 @@ def build_job(
         is_dry_run: Do not tokenize raw shards.
     """
     manifest = open_manifest(config.data.manifest, config.data.data_root)
-    portion = Portion(config.data.split, config.seed, config.data.batch_size, rank, world_size)
+    portion = Portion(
+        config.data.split,
+        config.seed,
+        config.data.batch_size,
+        rank,
+        world_size,
+        config.data.max_skipped,
+    )
     held_out = _held_out(config, rank, world_size)
     objective = build_objective(config.objective.name, **config.objective.options)
     if config.model.component == "image_tokenizer":
@@ -122,7 +131,14 @@ def _held_out(config: TrainConfig, rank: int, world_size: int) -> Portion | None
             "`evaluation.num_rows` must be a multiple of the number of processes; got"
             f" {evaluation.num_rows} and {world_size}."
         )
-    return Portion(evaluation.split, EVALUATION_SEED, evaluation.num_rows, rank, world_size)
+    return Portion(
+        evaluation.split,
+        EVALUATION_SEED,
+        evaluation.num_rows,
+        rank,
+        world_size,
+        config.data.max_skipped,
+    )
 
 
 def build_vocabulary(tokenizer: Any, image_tokenizer: ImageTokenizer) -> UnifiedVocabulary:

@@ -80,6 +80,8 @@ class DataConfig:
             same losses and gradients. None leaves every row alone.
         cache_dir: Raw sources are pre-tokenized into this folder, once for each pair of tokenizers.
         num_workers: Background processes that prepare batches; the order does not depend on it.
+        max_skipped: Unusable samples of each source that are skipped as rows of weight 0: below 1 a
+            share of its samples, else a number. 0 ends the run at the first one.
     """
 
     manifest: str = "datasets/sample.yaml"
@@ -90,6 +92,7 @@ class DataConfig:
     pack_length: int | None = None
     cache_dir: str = "runs/cache"
     num_workers: int = 0
+    max_skipped: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -277,6 +280,11 @@ class TrainConfig:
         _at_least("evaluation.num_levels", self.evaluation.num_levels, 1)
         _at_least("stability.max_skipped_in_a_row", self.stability.max_skipped_in_a_row, 0)
         _at_least("stability.window", self.stability.window, 1)
+        if not 0 <= self.data.max_skipped < float("inf"):
+            raise ConfigError(
+                f"`data.max_skipped` must be a share or a number of samples; got"
+                f" {self.data.max_skipped}. Use 0.001 for one in a thousand."
+            )
         if self.data.micro_batch_size is not None:
             _at_least("data.micro_batch_size", self.data.micro_batch_size, 1)
         if self.data.pack_length is not None:

@@ -126,13 +126,15 @@ def _data_size(config: TrainConfig, job: Job) -> dict[str, Any]:
     sources = {}
     rows = config.num_train_steps * config.data.batch_size
     chosen = [s for s in job.manifest.sources.values() if s.count(config.data.split)]
-    weight = sum(source.weight for source in chosen)
+    plan = job.source.epoch_plan
+    weight = sum(plan.slots.values())
     for source in chosen:
-        count = source.count(config.data.split)
+        count, slots = source.count(config.data.split), plan.slots[source.name]
+        drawn = plan.selections[source.name].size
         sources[source.name] = {
             "samples": count,
-            "share": round(source.weight / weight, 4),
-            "epochs": round(rows * source.weight / weight / count, 2),
+            "share": round(slots / weight, 4),
+            "epochs": round(rows * slots / weight / drawn, 2),
             "tasks": dict(source.tasks),
         }
     return {"manifest": job.manifest.name, "fingerprint": job.manifest.fingerprint, **sources}

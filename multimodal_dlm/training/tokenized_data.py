@@ -17,7 +17,7 @@ from tqdm.auto import tqdm
 
 from multimodal_dlm.datasets.manifest import Manifest, Source
 from multimodal_dlm.datasets.mixture import QUESTION_TASKS, MixtureReader, TrainingExample
-from multimodal_dlm.datasets.row_groups import Codebooks
+from multimodal_dlm.datasets.row_groups import Codebooks, Row
 from multimodal_dlm.datasets.row_reading import RowReader
 from multimodal_dlm.datasets.tokenize_engines import tokenize_source
 from multimodal_dlm.datasets.tokenizing import TokenizerPair
@@ -45,9 +45,15 @@ class TokenizedRows:
             task=example.task,
             codes=None if example.task == "text" else row.codes,
             instruction=None if asked is None else row.texts[asked].tolist(),
-            text=row.texts[example.text].tolist(),
+            text=_codes_or_text(row, example.text),
             window_draw=example.window_draw,
         )
+
+
+def _codes_or_text(row: Row, text: str) -> list[int] | str:
+    """Codes of a text of the record; the text itself where a template made it."""
+    codes = row.texts.get(text)
+    return text if codes is None else codes.tolist()
 
 
 class BlankRows(TokenizedRows):
@@ -103,7 +109,7 @@ def check_tokenized(manifest: Manifest, codebooks: Codebooks) -> None:
 def check_lengths(manifest: Manifest, split: str, max_text: int) -> None:
     """Refuse sources with a text that does not fit the model's text window, if it may be drawn.
 
-    Sources that weigh their captions or questions are left to the draw.
+    Sources with templates, or that weigh their captions or questions, are left to the draw.
 
     Args:
         manifest: Pre-tokenized sources.
@@ -115,7 +121,8 @@ def check_lengths(manifest: Manifest, split: str, max_text: int) -> None:
     """
     for name, source in manifest.sources.items():
         tasks = {task for task, share in source.tasks.items() if share}
-        kinds = {"captions": bool(tasks - set(QUESTION_TASKS)) and not source.caption_weights}
+        is_left = bool(source.caption_weights or source.templates)
+        kinds = {"captions": bool(tasks - set(QUESTION_TASKS)) and not is_left}
         kinds["questions"] = bool(tasks & set(QUESTION_TASKS)) and not source.question_weights
         for kind in (kind for kind, may_be_drawn in kinds.items() if may_be_drawn):
             shards = source.splits.get(split, ())

@@ -24,6 +24,8 @@ from multimodal_dlm.training.config import TrainConfig
 from multimodal_dlm.training.ema import ExponentialMovingAverage
 from multimodal_dlm.training.evaluation_loop import BestStep, EvaluationLoop
 from multimodal_dlm.training.launching import check_accelerator, resolve_sharding
+from multimodal_dlm.training.ledger import Ledger, ledger_lines
+from multimodal_dlm.training.objectives.base import Batch
 from multimodal_dlm.training.optimizer import build_optimizer
 from multimodal_dlm.training.saving import RunKeeper
 from multimodal_dlm.training.sharding import spread_model
@@ -77,6 +79,7 @@ class Trainer:
             ExponentialMovingAverage(self.model, config.ema_decay) if config.ema_decay else None
         )
         self.meter = TermMeter()
+        self.ledger = Ledger(job.source.epoch_plan, gather_object)
         self.monitor, self.best = StabilityMonitor(config.stability), BestStep(config.checkpoint)
         self.train_step = TrainStep(
             self.parallel,
@@ -106,7 +109,7 @@ class Trainer:
             self.meter,
             config,
             accelerator,
-            {"stability": self.monitor, "best": self.best},
+            {"stability": self.monitor, "best": self.best, "ledger": self.ledger},
         )
         self.stop = StopRequest()
         self.step = 0
@@ -143,6 +146,7 @@ class Trainer:
         with self.stop.listening():
             for number, batches in iterate_steps(self.job.source, first, last, num_workers=workers):
                 report = self.train_step.take(number, batches)
+                self._account(number, batches)
                 self.step = number + 1
                 clock.add(sum(batch.num_tokens for batch in batches))
                 if self._is_turn(self.config.log_every_steps):
@@ -161,6 +165,12 @@ class Trainer:
                     logger.info("Stopped at step %d; run the same command to go on.", self.step)
                     break
         return {"step": self.step, "is_finished": self.step == last, **values}
+
+    def _account(self, step: int, batches: Sequence[Batch]) -> None:
+        """Enter rows into the ledger; after an epoch print what it held."""
+        held = self.ledger.add(step, batches)
+        if held is not None and self.accelerator.is_main_process:
+            logger.info("%s", "\n".join(ledger_lines(held)))
 
     def _is_turn(self, every: int) -> bool:
         """Every so many steps and after the last one; never for 0."""
@@ -201,6 +211,7 @@ class Trainer:
     def _save(self) -> None:
         if self.metrics is not None:
             self.metrics.sync()
+        self.ledger.share()
         self.keeper.save(self.step)
 
     def _sample(self) -> None:

@@ -67,6 +67,7 @@ class Batch:
         rows: Index of each row in the global batch.
         draws: One uniform number a row for choices of the objective.
         packing: How rows share the rows of the forward pass; None when they do not.
+        outcomes: `yielded` for each row that counts, else why it does not.
     """
 
     inputs: Any
@@ -75,6 +76,7 @@ class Batch:
     rows: tuple[int, ...] = ()
     draws: tuple[float, ...] = ()
     packing: Packing | None = None
+    outcomes: tuple[str, ...] = ()
 
     def to(self, device: torch.device) -> "Batch":
         """A copy whose tensors are on another device."""
