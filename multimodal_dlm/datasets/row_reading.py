@@ -11,6 +11,7 @@ from multimodal_dlm.datasets.storage import AnyPath, RangeReader
 from multimodal_dlm.errors import DataError
 
 OPEN_SHARDS = 16  # Held at once: the order reads in windows of 8.
+SKIPPED = "__skipped__"  # In `meta` of a row that stands for an unusable sample: the reason.
 _REMEDY = "Run `multimodal-dlm data tokenize` again."
 
 
@@ -66,7 +67,15 @@ class RowReader(ShardReader):
     def _find(self, index: int) -> tuple[Row, str]:
         number, place = self.locate(index)
         row = self._open(number)[place]
-        return row, f"Shard {self.shards[number].path.name}, key {row.record.key}"
+        where = f"Shard {self.shards[number].path.name}, key {row.record.key}"
+        if SKIPPED in row.record.meta:
+            reason = str(row.record.meta[SKIPPED])
+            raise DataError(
+                f"{where}: the raw sample was unusable (`{reason}`) and was skipped by `data"
+                " tokenize`. Allow some with `data.max_skipped`, or mend it and tokenize again.",
+                reason=reason,
+            )
+        return row, where
 
     def _open(self, number: int) -> tuple[Row, ...]:
         if number in self._damaged:
@@ -104,6 +113,14 @@ class RowReader(ShardReader):
                 reason="row_group",
             )
         return tuple(rows)
+
+
+def skipped_sample(index: int, source: str, reason: str) -> Sample:
+    """What is written for an unusable sample, so that all others keep their numbers."""
+    key = f"skipped-{index:07d}"
+    return Sample(
+        Record(key, source, "none", "none", ("-",), meta={SKIPPED: reason}), source=source
+    )
 
 
 def read_groups(path: AnyPath) -> Iterator[RowGroup]:

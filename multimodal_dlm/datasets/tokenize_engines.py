@@ -43,6 +43,7 @@ def tokenize_source(
     engine: str = "local",
     workers: int = 1,
     group_rows: int = MAX_GROUP_ROWS,
+    may_skip: bool = False,
     progress: Callable[[int], object] | None = None,
 ) -> Source:
     """Pre-tokenize splits of a source; run it again to go on where it was cut off.
@@ -55,6 +56,7 @@ def tokenize_source(
         engine: One of `ENGINES`: `local` (processes of this machine) or `ray`.
         workers: Shards that are tokenized at once.
         group_rows: Rows of a group at most, 256..4096.
+        may_skip: Write marked rows for unusable samples instead of stopping, see `ShardTask`.
         progress: Called with the number of samples of each finished shard.
 
     Returns:
@@ -80,7 +82,7 @@ def tokenize_source(
     folder.mkdir(parents=True, exist_ok=True)
     chosen = [split for split in source.splits if splits is None or split in splits]
     tasks = [
-        ShardTask(shard, source.name, folder, group_rows)
+        ShardTask(shard, source.name, folder, group_rows, may_skip)
         for split in chosen
         for shard in source.splits[split]
     ]

@@ -30,8 +30,9 @@ from multimodal_dlm.datasets.row_groups import (
     pack_group,
     record_texts,
 )
-from multimodal_dlm.datasets.row_reading import read_groups
+from multimodal_dlm.datasets.row_reading import SKIPPED, read_groups, skipped_sample
 from multimodal_dlm.datasets.schema import Sample
+from multimodal_dlm.datasets.selection import unusable_samples
 from multimodal_dlm.errors import ConfigError, DataError
 from multimodal_dlm.tokenizers.image import ImageTokenizer, pixels_from_images
 from multimodal_dlm.tokenizers.text import encode_text, load_text_tokenizer, text_fingerprint
@@ -143,12 +144,15 @@ class ShardTask:
         source: Name of its source.
         folder: Where the pre-tokenized shard goes, under the same file name.
         group_rows: Rows of a group at most, 256..4096.
+        may_skip: Write a marked row for an unusable sample, which its reader refuses by the
+            sample's own reason, instead of stopping.
     """
 
     shard: ShardFile
     source: str
     folder: Path
     group_rows: int = MAX_GROUP_ROWS
+    may_skip: bool = False
 
 
 def tokenize_shard(task: ShardTask, tokenizers: TokenizerPair) -> ShardFile:
@@ -195,16 +199,23 @@ def _group_sizes(task: ShardTask) -> list[int]:
 
 def _tokenized(task: ShardTask, tokenizers: TokenizerPair) -> bytes:
     """The pre-tokenized shard."""
-    reader = ShardReader([task.shard], source=task.source)
-    reader.check_digest(0)
+    reader = ShardReader([task.shard], source=task.source, is_lenient=task.may_skip)
+    unusable = unusable_samples(reader) if task.may_skip else {}
+    if not unusable:
+        reader.check_digest(0)
     buffer = io.BytesIO()
     start = 0
     with tarfile.open(fileobj=buffer, mode="w", format=tarfile.USTAR_FORMAT) as tar:
         for size in _group_sizes(task):
-            samples = [reader[index] for index in range(start, start + size)]
+            samples = [
+                skipped_sample(index, task.source, unusable[index])
+                if index in unusable
+                else reader[index]
+                for index in range(start, start + size)
+            ]
             members = pack_group(
                 [sample.record for sample in samples],
-                _encode_pictures(samples, tokenizers),
+                _encode_usable(samples, tokenizers),
                 [
                     [encode_text(tokenizers.text, text) for text in record_texts(sample.record)]
                     for sample in samples
@@ -218,6 +229,16 @@ def _tokenized(task: ShardTask, tokenizers: TokenizerPair) -> bytes:
                 tar.addfile(member, io.BytesIO(members[extension]))
             start += size
     return buffer.getvalue()
+
+
+def _encode_usable(samples: Sequence[Sample], tokenizers: TokenizerPair) -> list[Levels | None]:
+    """Codes of the pictures; None for each sample that is skipped or has none."""
+    codes: list[Levels | None] = [None] * len(samples)
+    usable = [place for place, s in enumerate(samples) if SKIPPED not in s.record.meta]
+    encoded = _encode_pictures([samples[place] for place in usable], tokenizers)
+    for place, levels in zip(usable, encoded, strict=True):
+        codes[place] = levels
+    return codes
 
 
 def _encode_pictures(

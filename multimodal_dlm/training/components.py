@@ -196,7 +196,8 @@ def _transformer_job(
             row_of = BlankRows(reader, pair.codebooks)
         else:
             folder = Path(config.data.cache_dir)
-            made = tokenized_manifest(manifest, portion.split, pair, folder)
+            may_skip = portion.max_skipped > 0
+            made = tokenized_manifest(manifest, portion.split, pair, folder, may_skip=may_skip)
             check_lengths(made, portion.split, processor.layout["max_window"]["text"])
             reader = portion.read(made)
             row_of = TokenizedRows(reader)

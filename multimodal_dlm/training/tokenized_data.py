@@ -136,7 +136,12 @@ def check_lengths(manifest: Manifest, split: str, max_text: int) -> None:
 
 
 def tokenized_manifest(
-    manifest: Manifest, split: str, tokenizers: TokenizerPair, folder: Path
+    manifest: Manifest,
+    split: str,
+    tokenizers: TokenizerPair,
+    folder: Path,
+    *,
+    may_skip: bool = False,
 ) -> Manifest:
     """The manifest with one split of every raw source tokenized, from the cache where it can be.
 
@@ -145,15 +150,18 @@ def tokenized_manifest(
         split: Split that is read.
         tokenizers: Of the run.
         folder: Cache; a source's shards lie under its name and a hash of shards and tokenizers.
+        may_skip: Write marked rows for unusable samples instead of stopping.
     """
     sources = dict(manifest.sources)
     for name, source in sources.items():
         if source.codebooks is None and source.count(split):
-            sources[name] = _from_cache(source, split, tokenizers, folder)
+            sources[name] = _from_cache(source, split, tokenizers, folder, may_skip)
     return replace(manifest, sources=sources)
 
 
-def _from_cache(source: Source, split: str, tokenizers: TokenizerPair, folder: Path) -> Source:
+def _from_cache(
+    source: Source, split: str, tokenizers: TokenizerPair, folder: Path, may_skip: bool
+) -> Source:
     identity: Sequence[object] = (
         [shard.sha256 for shard in source.splits[split]],
         tokenizers.codebooks.to_dict(),
@@ -167,4 +175,6 @@ def _from_cache(source: Source, split: str, tokenizers: TokenizerPair, folder: P
         mininterval=2,
         delay=2,
     ) as bar:
-        return tokenize_source(source, place, tokenizers, splits=[split], progress=bar.update)
+        return tokenize_source(
+            source, place, tokenizers, splits=[split], may_skip=may_skip, progress=bar.update
+        )

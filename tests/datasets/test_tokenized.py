@@ -13,18 +13,21 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import yaml
 
 from multimodal_dlm.datasets import MixtureReader, ShardReader, open_manifest
+from multimodal_dlm.datasets.manifest import write_dataset_manifest
 from multimodal_dlm.datasets.row_groups import IDS, Codebooks, pack_group, unpack_group
 from multimodal_dlm.datasets.row_reading import RowReader, open_reader
 from multimodal_dlm.datasets.tokenize_engines import tokenize_manifest, tokenize_source
 from multimodal_dlm.datasets.tokenizing import TokenizerFolders
 from multimodal_dlm.datasets.validation import validate_manifest
+from multimodal_dlm.datasets.writing import write_shards
 from multimodal_dlm.errors import ConfigError, DataError
 from multimodal_dlm.tokenizers.image import ImageTokenizer, pixels_from_images
 from multimodal_dlm.tokenizers.text import encode_text, train_text_tokenizer
 from tests.conftest import REPOSITORY
-from tests.datasets.toy import SIZES, toy_mixture, toy_sample
+from tests.datasets.toy import SIZES, toy_mixture, toy_sample, write_toy
 
 
 @pytest.fixture(scope="module")
@@ -295,3 +298,30 @@ def test_ray_writes_the_same_bytes(root, tmp_path):
     assert not ray.is_initialized()
     made = {name: digest for name, digest in contents(root / "made").items() if "shapes/" in name}
     assert contents(tmp_path) == made
+
+
+def test_unusable_samples_keep_their_rows_and_are_skipped_as_in_the_raw_shards(root, tmp_path):
+    samples = [toy_sample("shapes", number) for number in range(SIZES["shapes"])]
+    samples[5] = dataclasses.replace(samples[5], image_bytes=samples[5].image_bytes[:45])
+    path = write_toy(tmp_path, "shapes")
+    content = yaml.safe_load(path.read_text())
+    shards = write_shards(samples, tmp_path / "shapes", "shapes-train", 4)
+    write_dataset_manifest(path, content, {"train": shards}, "spoiled")
+    raw = open_manifest(path)
+    source, loaded = raw.sources["shapes"], folders(root).load()
+    with pytest.raises(DataError, match="shapes-005"):
+        tokenize_source(source, tmp_path / "strict", loaded)
+    made = tokenize_source(source, tmp_path / "made", loaded, may_skip=True)
+    tokenized = dataclasses.replace(raw, sources={"shapes": made})
+    readers = [
+        MixtureReader(manifest, batch_size=5, max_skipped=1) for manifest in (raw, tokenized)
+    ]
+    for number in range(5):
+        first, second = (reader.batch(number) for reader in readers)
+        assert first == second
+    assert readers[1].selections["shapes"].skipped == {5: "picture"}
+    with pytest.raises(DataError, match=r"unusable \(`picture`\) and was skipped"):
+        readers[1].readers["shapes"].record(5)
+    strict = MixtureReader(tokenized, batch_size=25)
+    with pytest.raises(DataError, match="max_skipped"):
+        strict.batch(0)
