@@ -149,20 +149,20 @@ def ledger_lines(report: Mapping[str, Any]) -> list[str]:
         filtered = sum(source["filtered"].values())
         size = source["manifest"] - filtered
         line = (
-            f"Ledger, epoch {report['epoch']}, {name}: {source['yielded']} yielded +"
-            f" {sum(source['skipped'].values())} skipped{_reasons(source['skipped'])}"
+            f"Ledger, epoch {report['epoch']}, {name}: {source['yielded']:,} yielded +"
+            f" {sum(source['skipped'].values()):,} skipped{_reasons(source['skipped'])}"
         )
         if source["slots"] == size:
-            line += f" + {filtered} filtered{_reasons(source['filtered'])}"
-            line += f" = {source['manifest']} in the manifest."
+            line += f" + {filtered:,} filtered{_reasons(source['filtered'])}"
+            line += f" = {source['manifest']:,} in the manifest."
         else:
-            line += f" = {source['slots']} rows, {source['slots'] / size:.2f} passes over {size}"
-            line += f" samples; + {filtered} filtered{_reasons(source['filtered'])}"
-            line += f" = {source['manifest']} in the manifest."
+            line += f" = {source['slots']:,} rows, {source['slots'] / size:.2f} passes over {size:,}"
+            line += f" samples; + {filtered:,} filtered{_reasons(source['filtered'])}"
+            line += f" = {source['manifest']:,} in the manifest."
         lines.append(line)
     return lines
 
 
 def _reasons(counts: Mapping[str, int]) -> str:
-    listed = ", ".join(f"{reason} {count}" for reason, count in sorted(counts.items()))
+    listed = ", ".join(f"{reason} {count:,}" for reason, count in sorted(counts.items()))
     return f" ({listed})" if listed else ""
