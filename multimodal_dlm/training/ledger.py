@@ -152,14 +152,11 @@ def ledger_lines(report: Mapping[str, Any]) -> list[str]:
             f"Ledger, epoch {report['epoch']}, {name}: {source['yielded']:,} yielded +"
             f" {sum(source['skipped'].values()):,} skipped{_reasons(source['skipped'])}"
         )
-        if source["slots"] == size:
-            line += f" + {filtered:,} filtered{_reasons(source['filtered'])}"
-            line += f" = {source['manifest']:,} in the manifest."
-        else:
-            line += f" = {source['slots']:,} rows, {source['slots'] / size:.2f} passes over {size:,}"
-            line += f" samples; + {filtered:,} filtered{_reasons(source['filtered'])}"
-            line += f" = {source['manifest']:,} in the manifest."
-        lines.append(line)
+        if source["slots"] != size:
+            passes = source["slots"] / size
+            line += f" = {source['slots']:,} rows, {passes:.2f} passes over {size:,} samples;"
+        line += f" + {filtered:,} filtered{_reasons(source['filtered'])}"
+        lines.append(f"{line} = {source['manifest']:,} in the manifest.")
     return lines
 
 

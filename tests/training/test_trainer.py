@@ -1,9 +1,11 @@
 """Whole runs on tiny real components: resume, damage, signals, divergence, export."""
 
 import dataclasses
+import hashlib
 import json
 import os
 import signal
+import tarfile
 from pathlib import Path
 
 import pytest
@@ -11,12 +13,12 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
-from multimodal_dlm.errors import CheckpointError, DivergenceError
+from multimodal_dlm.errors import CheckpointError, DataError, DivergenceError
 from multimodal_dlm.pipelines import load_pipeline
 from multimodal_dlm.training.checkpoint import latest_checkpoint, list_checkpoints
 from multimodal_dlm.training.config import CheckpointConfig, DataConfig, StabilityConfig
 from multimodal_dlm.training.run import describe, train
-from tests.training.runs import run_config
+from tests.training.runs import run_config, write_data
 
 
 class Stop(Exception):
@@ -91,7 +93,10 @@ def test_the_run_folder_says_what_ran_and_the_export_draws(run_root):
     assert environment["manifest"]["name"] == "m"
     assert "torch" in environment["packages"]
     assert list(folder.rglob("events.out.tfevents*"))
-    assert "step 6/6" in (folder / "train.log").read_text()
+    log = (folder / "train.log").read_text()
+    assert "step 6/6" in log
+    for epoch in range(3):
+        assert f"epoch {epoch}, squares: 12 yielded + 0 skipped + 0 filtered = 12 in" in log
     assert not [path for path in folder.rglob("*") if path.suffix in (".pt", ".bin", ".pkl")]
     pipe = load_pipeline(result["export"])
     assert pipe.transformer.num_parameters() > 0
@@ -118,6 +123,43 @@ def test_a_damaged_checkpoint_is_passed_over(run_root):
     train(straight)
     left, right = final_tensors(straight), final_tensors(config)
     assert all(torch.equal(tensor, right[name]) for name, tensor in left.items())
+
+
+def test_unusable_samples_end_a_run_unless_there_is_a_budget(run_root, tmp_path):
+    write_data(tmp_path)
+    spoil_a_picture(tmp_path)
+    saves = CheckpointConfig(every_steps=1)
+    config = run_config(run_root, "budget", num_train_steps=4, checkpoint=saves)
+    data = dataclasses.replace(
+        config.data, manifest=str(tmp_path / "mixture.yaml"), cache_dir=str(tmp_path / "cache")
+    )
+    with pytest.raises(DataError, match="square-002"):
+        train(dataclasses.replace(config, data=data))
+    with pytest.raises(DataError, match=r"1 are unusable \(picture 1\)"):
+        train(dataclasses.replace(config, data=dataclasses.replace(data, max_skipped=0.01)))
+    config = dataclasses.replace(config, data=dataclasses.replace(data, max_skipped=1))
+    with pytest.raises(Stop):
+        train(dataclasses.replace(config, sample_every_steps=2), callbacks=[crash_at(2)])
+    train(config)  # Goes on from step 1, within epoch 0, with the ledger of before.
+    log = (Path(config.output_dir) / "train.log").read_text()
+    line = "squares: 11 yielded + 1 skipped (picture 1) + 0 filtered = 12 in the manifest."
+    assert log.count(f"epoch 0, {line}") == 2
+    assert log.count(f"epoch 1, {line}") == 1
+
+
+def spoil_a_picture(root: Path) -> None:
+    """Cut the pixels of `square-002` short; the manifest vouches for the result."""
+    path = root / "squares" / "train-000000.tar"
+    data = bytearray(path.read_bytes())
+    with tarfile.open(path) as tar:
+        member = tar.getmember("square-002.png")
+    data[member.offset_data + 60 : member.offset_data + member.size] = bytes(member.size - 60)
+    path.write_bytes(data)
+    path.with_name(path.name + ".index.json").unlink()
+    manifest = root / "squares.yaml"
+    content = yaml.safe_load(manifest.read_text())
+    content["splits"]["train"][0]["sha256"] = hashlib.sha256(data).hexdigest()
+    manifest.write_text(yaml.safe_dump(content))
 
 
 def test_another_config_does_not_continue_a_run(run_root):
