@@ -60,7 +60,7 @@ check: $(STAMP) ## style, types, layers, documentation
 
 pytest: $(STAMP) ## the tests
 	@echo "== pytest (a few minutes on two cores)"
-	@$(BIN)/python -m pytest
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 8 --dist worksteal
 
 test-app: $(APP_STAMP) ## the page in a headless Chromium (Debian: chromium chromium-driver)
 	@echo "== pytest: the page in Chromium (half a minute); screenshots in out/app"

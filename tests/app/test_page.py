@@ -119,7 +119,7 @@ def test_a_mistake_is_a_sentence_and_a_fault_of_ours_says_nothing_of_itself(capl
 
     def broken():
         yield Frame(step=1)
-        raise RuntimeError("/home/secret 0x7f00")
+        raise RuntimeError("/var/secret 0x7f00")
 
     [(html, picture)] = shown(mistaken)
     assert "`steps` must be more." in html

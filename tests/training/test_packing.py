@@ -147,4 +147,5 @@ def test_a_packed_run_trains_alike_with_less_padding(run_root):
     ]
     assert rows[0]["loss"] == pytest.approx(rows[1]["loss"], rel=1e-5)
     assert rows[1]["padding_share"] < rows[0]["padding_share"] < 1
-    assert 0 < rows[0]["density/effective"] <= rows[0]["density/targets"] < 1
+    effective = rows[0]["density/weight"] ** 2 / rows[0]["density/squared_weight"]
+    assert 0 < effective <= rows[0]["density/targets"] * (1 + 1e-6) < 1

@@ -239,17 +239,17 @@ def density_terms(
     is_target: Bool[Tensor, "batch length"],
     canvas: Canvas,
 ) -> dict[str, Term]:
-    """Share of the processed tokens that teach: `density/targets` and `density/effective`.
+    """How many of the processed tokens teach: `density/targets`, `/weight`, `/squared_weight`.
 
-    Targets over tokens, and (sum of weights)^2 / (tokens x sum of squared weights): the share of
-    equally weighted targets that would average as much, lower where few positions carry most of the
-    loss.
+    Targets, their weights and their squared weights over tokens, each a mean that adds up over
+    micro-batches and processes. weight^2 / squared_weight is the share of equally weighted targets
+    that would average as much, lower where few positions carry most of the loss.
     """
     tokens = (~canvas.is_padding).sum()
-    effective = weight.sum() ** 2 / weight.pow(2).sum().clamp(min=1e-12)
     return {
         "density/targets": Term(is_target.sum(), tokens),
-        "density/effective": Term(effective, tokens),
+        "density/weight": Term(weight.sum(), tokens),
+        "density/squared_weight": Term(weight.pow(2).sum(), tokens),
     }
 
 
