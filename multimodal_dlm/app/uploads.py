@@ -1,19 +1,17 @@
-"""Pictures that visitors of the page give: three formats, bounded bytes, bounded pixels."""
+"""Pictures that visitors of the page give, made plain and small."""
 
-import io
-import warnings
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from PIL import Image, ImageOps
 
-from multimodal_dlm.datasets.decoding import IMAGE_FORMATS
 from multimodal_dlm.errors import DataError
+from multimodal_dlm.intake import UnreadablePictureError, over_white, read_picture
 
 MAX_UPLOAD_BYTES = 20 * 2**20
-MAX_UPLOAD_PIXELS = 4096 * 4096
 MAX_SIDE = 512  # Larger pictures are reduced at once; models see far less.
+REFUSED = "That picture cannot be used"
 REMEDY = "Choose a PNG, JPEG or WebP picture."
 
 
@@ -26,25 +24,13 @@ def open_upload(path: str | Path | None) -> Image.Image:
         path: The uploaded file; None when the visitor gave none.
 
     Raises:
-        DataError: When there is none, or it is too large or no picture of a permitted format.
+        DataError: When there is none, or `multimodal_dlm.intake` refuses it.
     """
     if path is None:
         raise DataError(f"There is no picture yet. {REMEDY}")
     try:
-        if Path(path).stat().st_size > MAX_UPLOAD_BYTES:
-            raise DataError(f"The picture has more than {MAX_UPLOAD_BYTES // 2**20} MB. {REMEDY}")
-        with warnings.catch_warnings():
-            warnings.simplefilter("error")
-            with Image.open(io.BytesIO(Path(path).read_bytes()), formats=IMAGE_FORMATS) as image:
-                if image.width * image.height > MAX_UPLOAD_PIXELS:
-                    raise DataError(
-                        f"The picture has {image.width} x {image.height} pixels; at most 4096 x"
-                        " 4096 are allowed. Scale it down."
-                    )
-                return _plain(image)
-    except DataError:
-        raise
-    except (OSError, ValueError, SyntaxError, EOFError, Warning, Image.DecompressionBombError):
+        return read_picture(path, _plain, where=REFUSED, max_bytes=MAX_UPLOAD_BYTES)
+    except UnreadablePictureError:
         raise DataError(f"That file is not a readable picture. {REMEDY}") from None
 
 
@@ -67,6 +53,4 @@ def drawn_mask(layers: list[Any]) -> Image.Image:
 def _plain(image: Image.Image) -> Image.Image:
     turned = ImageOps.exif_transpose(image).convert("RGBA")
     turned.thumbnail((MAX_SIDE, MAX_SIDE))
-    paper = Image.new("RGBA", turned.size, "white")
-    flat = Image.alpha_composite(paper, turned).convert("RGB")
-    return Image.fromarray(np.asarray(flat))  # Without EXIF, XMP, profiles.
+    return Image.fromarray(np.asarray(over_white(turned)))  # Without EXIF, XMP, profiles.

@@ -114,7 +114,7 @@ def read_picture(path: str) -> "Image.Image":
     Raises:
         DataError: When it does not exist or is no picture.
     """
-    from multimodal_dlm.datasets.decoding import read_upright
+    from multimodal_dlm.intake import read_upright
 
     return read_upright(path)
 

@@ -12,14 +12,13 @@ import numpy as np
 import yaml
 from PIL import Image, ImageOps
 
-from multimodal_dlm.datasets.decoding import MAX_IMAGE_BYTES, decode_upright, encode_png
 from multimodal_dlm.datasets.folder_rows import FolderRow, Refusal, read_folder, require_inside
 from multimodal_dlm.datasets.manifest import write_dataset_manifest
 from multimodal_dlm.datasets.sampling import hash_fraction
 from multimodal_dlm.datasets.schema import KEY_RULE, Record, Sample
 from multimodal_dlm.datasets.writing import ShardWriter
 from multimodal_dlm.errors import ConfigError, DataError, unknown_name
-from multimodal_dlm.tokenizers.image import over_white
+from multimodal_dlm.intake import encode_png, over_white, read_upright
 
 RECIPE = "from_folder"
 RECIPE_VERSION = 1
@@ -240,17 +239,7 @@ def _pixels(folder: Path, name: str, size: int, fit: str) -> np.ndarray:
     """The picture as (size, size, 3) bytes."""
     path = folder / name
     require_inside(folder, path)
-    try:
-        num_bytes = path.stat().st_size
-        if num_bytes > MAX_IMAGE_BYTES:
-            raise DataError(f"must have at most {MAX_IMAGE_BYTES} bytes; got {num_bytes}.")
-        data = path.read_bytes()
-    except OSError as error:
-        raise DataError(f"must be readable; got {error}.") from error
-    image = decode_upright(data, name)
-    if image.mode.startswith(("I", "F")):
-        raise DataError(f"must have 8 bits a channel; got mode {image.mode}. Convert it.")
-    return np.asarray(FITS[fit](over_white(image), size))
+    return np.asarray(FITS[fit](over_white(read_upright(path, where=name)), size))
 
 
 def _split(pixels: np.ndarray, val: float, test: float) -> str:

@@ -13,8 +13,8 @@ from typing import Any
 
 import numpy as np
 
-from multimodal_dlm.datasets.decoding import decode_image
 from multimodal_dlm.errors import DataError, unknown_name
+from multimodal_dlm.intake import decode_image
 
 KEY_RULE = re.compile(r"[a-z0-9][a-z0-9_-]{0,127}")
 IMAGE_EXTENSIONS = ("png", "jpg", "webp")

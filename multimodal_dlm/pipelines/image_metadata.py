@@ -9,6 +9,7 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 from multimodal_dlm.errors import ConfigError, DataError
+from multimodal_dlm.intake import read_picture
 
 RECIPE_KEY = "multimodal_dlm"  # The text chunk of the PNG.
 INFO_KEY = "recipe"  # The entry of `image.info` of a picture in memory.
@@ -72,13 +73,13 @@ def read_recipe(path: str | Path) -> dict[str, Any]:
     """Read the recipe of a saved picture.
 
     Raises:
-        DataError: When the file is no picture or holds no recipe.
+        DataError: When `multimodal_dlm.intake` refuses the picture, or it holds no recipe.
     """
-    try:
-        with Image.open(path) as image:
-            text = getattr(image, "text", {}).get(RECIPE_KEY)
-    except OSError as error:
-        raise DataError(f"`{path}` is not a readable picture: {error}.") from error
+    text = read_picture(
+        path,
+        lambda image: getattr(image, "text", {}).get(RECIPE_KEY),
+        where=f"`{path}` is not a readable picture",
+    )
     if text is None:
         raise DataError(f"`{path}` carries no recipe. Save pictures with `save_image`.")
     try:

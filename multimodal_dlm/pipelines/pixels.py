@@ -11,7 +11,7 @@ from PIL import Image
 from torch import Tensor
 
 from multimodal_dlm.errors import ConfigError, unknown_name
-from multimodal_dlm.tokenizers.image import over_white
+from multimodal_dlm.intake import MAX_IMAGE_PIXELS, over_white
 
 IMAGE_OUTPUT_TYPES = ("pil", "np", "pt", "codes")
 PictureLike = Image.Image | np.ndarray | Tensor
@@ -29,7 +29,8 @@ def to_pixels(
         size: Side of the square in pixels; other sizes are resized, proportions not kept.
 
     Raises:
-        ConfigError: When there is no picture, or its type, shape or range is another.
+        ConfigError: When there is no picture, its type, shape or range is another, or a PIL image
+            has more than `multimodal_dlm.intake.MAX_IMAGE_PIXELS` pixels.
     """
     parts = [_resize(_picture(each, "image", 3), size) for each in _listed(image, "image")]
     return torch.cat(parts).clamp(0, 1)
@@ -45,7 +46,7 @@ def to_mask(
         size: Side of the square in pixels.
 
     Raises:
-        ConfigError: When there is no mask, or its type, shape or range is another.
+        ConfigError: As `to_pixels`.
     """
     parts = []
     for each in _listed(mask_image, "mask_image"):
@@ -81,8 +82,7 @@ def _listed(image: Any, name: str) -> list[Any]:
 def _picture(image: Any, name: str, channels: int) -> Float[Tensor, "batch channels height width"]:
     """One picture, or one batch, as float32 in [0, 1]."""
     if isinstance(image, Image.Image):
-        array = np.asarray(over_white(image) if channels == 3 else image.convert("L"))
-        tensor = torch.from_numpy(array.copy())
+        tensor = torch.from_numpy(_decoded(image, name, channels))
         tensor = tensor.permute(2, 0, 1) if channels == 3 else tensor[None]
     elif isinstance(image, np.ndarray):
         tensor = torch.from_numpy(np.array(image))  # A copy: arrays may be read-only.
@@ -104,6 +104,16 @@ def _picture(image: Any, name: str, channels: int) -> Float[Tensor, "batch chann
             f" first in a tensor; got shape {tuple(tensor.shape)}."
         )
     return _to_unit_range(tensor, name)
+
+
+def _decoded(image: Image.Image, name: str, channels: int) -> np.ndarray:
+    """Bytes of a PIL image, which may still be an unread file: its size is checked before."""
+    if image.width * image.height > MAX_IMAGE_PIXELS:
+        raise ConfigError(
+            f"`{name}` must have at most {MAX_IMAGE_PIXELS} pixels; got {image.width} x"
+            f" {image.height}. Scale it down first."
+        )
+    return np.array(over_white(image) if channels == 3 else image.convert("L"))
 
 
 def _to_unit_range(tensor: Tensor, name: str) -> Tensor:

@@ -16,7 +16,6 @@ import torch.nn.functional as F
 from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.models.modeling_utils import ModelMixin
 from jaxtyping import Float, UInt8
-from PIL import Image
 from torch import Tensor, nn
 
 from multimodal_dlm.errors import ConfigError, VocabularyError
@@ -209,12 +208,3 @@ def pixels_from_images(images: Sequence[UInt8[np.ndarray, "height width 3"]]) ->
     """RGB bytes -> float pixels in [0, 1], (batch, 3, height, width)."""
     stacked = torch.from_numpy(np.stack(images))
     return stacked.permute(0, 3, 1, 2).float() / 255
-
-
-def over_white(image: Image.Image) -> Image.Image:
-    """RGB, transparency laid over white."""
-    if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
-        image = image.convert("RGBA")
-        background = Image.new("RGBA", image.size, (255, 255, 255, 255))
-        image = Image.alpha_composite(background, image)
-    return image.convert("RGB")

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from multimodal_dlm import intake
 from multimodal_dlm.app import uploads
 from multimodal_dlm.app.page import BROKEN, _forgiving, _painted, build_page, launch_options, shown
 from multimodal_dlm.app.rendering import render_empty, render_frame, render_mistake
@@ -65,12 +66,16 @@ def test_bad_uploads_get_a_sentence_that_gives_nothing_away(tmp_path, monkeypatc
         assert caught.value.__cause__ is None
     with pytest.raises(DataError, match="There is no picture yet"):
         open_upload(None)
+    frames = [Image.new("RGB", (8, 8), colour) for colour in ("red", "blue")]
+    moving = saved(tmp_path / "moving.webp", frames[0], save_all=True, append_images=frames[1:])
+    with pytest.raises(DataError, match="cannot be used: a picture must have one frame; got 2"):
+        open_upload(moving)
     path = saved(tmp_path / "large.png", Image.new("RGB", (70, 70)))
-    monkeypatch.setattr(uploads, "MAX_UPLOAD_PIXELS", 4096)
-    with pytest.raises(DataError, match="The picture has 70 x 70 pixels"):
+    monkeypatch.setattr(intake, "MAX_IMAGE_PIXELS", 4096)
+    with pytest.raises(DataError, match="cannot be used: .* at most 4096 pixels; got 70 x 70"):
         open_upload(path)
     monkeypatch.setattr(uploads, "MAX_UPLOAD_BYTES", 10)
-    with pytest.raises(DataError, match="The picture has more than 0 MB"):
+    with pytest.raises(DataError, match="cannot be used: .* at most 10 bytes; got"):
         open_upload(path)
 
 

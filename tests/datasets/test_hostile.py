@@ -14,12 +14,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from multimodal_dlm.datasets.decoding import decode_image, encode_png
 from multimodal_dlm.datasets.indexing import build_index, write_index
 from multimodal_dlm.datasets.manifest import Manifest, ShardFile, Source
 from multimodal_dlm.datasets.reading import ShardReader
 from multimodal_dlm.datasets.validation import validate_manifest
 from multimodal_dlm.errors import DataError
+from multimodal_dlm.intake import decode_image, encode_png
 from tests.datasets.toy import toy_sample
 
 Members = list[tuple[tarfile.TarInfo, bytes]]

@@ -10,12 +10,12 @@ import pytest
 import yaml
 
 from multimodal_dlm.datasets import MixtureReader, mixture, open_manifest
-from multimodal_dlm.datasets.decoding import encode_png
 from multimodal_dlm.datasets.manifest import write_dataset_manifest
 from multimodal_dlm.datasets.schema import Record, Sample
 from multimodal_dlm.datasets.weighting import slot_shares, temperature_shares
 from multimodal_dlm.datasets.writing import write_shards
 from multimodal_dlm.errors import DataError
+from multimodal_dlm.intake import encode_png
 from multimodal_dlm.training.ledger import Ledger, ledger_lines, rows_digest
 from multimodal_dlm.training.objectives.base import Batch
 

@@ -14,11 +14,11 @@ import webdataset
 import yaml
 
 from multimodal_dlm.datasets import ShardReader, iterate_samples, open_manifest
-from multimodal_dlm.datasets.decoding import decode_image, encode_png
 from multimodal_dlm.datasets.indexing import build_index, index_path, read_index
 from multimodal_dlm.datasets.schema import Record, Sample
 from multimodal_dlm.datasets.writing import image_extension, write_shards
 from multimodal_dlm.errors import DataError
+from multimodal_dlm.intake import decode_image, encode_png
 from tests.datasets.toy import SIZES, toy_sample, write_toy
 
 

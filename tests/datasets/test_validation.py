@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 import yaml
 
-from multimodal_dlm.datasets.decoding import encode_png
 from multimodal_dlm.datasets.manifest import Manifest, open_manifest
 from multimodal_dlm.datasets.validation import Validation, validate_manifest
 from multimodal_dlm.datasets.writing import write_shards
+from multimodal_dlm.intake import encode_png
 from tests.conftest import REPOSITORY
 from tests.datasets.toy import SIZES, toy_mixture, toy_sample, write_toy
 

@@ -5,10 +5,10 @@ from pathlib import Path
 import numpy as np
 import yaml
 
-from multimodal_dlm.datasets.decoding import encode_png
 from multimodal_dlm.datasets.manifest import Manifest, open_manifest, write_dataset_manifest
 from multimodal_dlm.datasets.schema import QuestionAnswer, Record, Sample
 from multimodal_dlm.datasets.writing import write_shards
+from multimodal_dlm.intake import encode_png
 
 SIZES = {"shapes": 25, "words": 13}
 TASKS = {"shapes": {"text_to_image": 2, "vqa": 1}, "words": {"text": 1}}

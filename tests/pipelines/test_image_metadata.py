@@ -68,6 +68,11 @@ def test_other_formats_are_refused_with_the_name_to_use(tmp_path):
     (tmp_path / "text.png").write_text("no picture")
     with pytest.raises(DataError, match="not a readable picture"):
         read_recipe(tmp_path / "text.png")
+    Image.new("P", (4, 4)).save(tmp_path / "named.png", format="GIF")
+    with pytest.raises(DataError, match="must be PNG, JPEG or WebP"):
+        read_recipe(tmp_path / "named.png")
+    with pytest.raises(DataError, match="there is no file"):
+        read_recipe(tmp_path / "none.png")
 
 
 def test_fingerprint_follows_the_weights_and_not_their_dtype(make):

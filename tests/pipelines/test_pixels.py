@@ -66,3 +66,12 @@ def test_any_covered_pixel_counts_in_a_smaller_mask():
 def test_what_is_no_picture_is_refused(image, message):
     with pytest.raises(ConfigError, match=message):
         to_pixels(image, 8)
+
+
+@pytest.mark.parametrize("convert", [to_pixels, to_mask])
+def test_a_pil_image_of_too_many_pixels_is_refused_unread(convert, monkeypatch, tmp_path):
+    Image.new("L", (4097, 4096)).save(tmp_path / "large.png")
+    with Image.open(tmp_path / "large.png") as image:
+        monkeypatch.setattr(image, "load", lambda: pytest.fail("pixels were decoded"))
+        with pytest.raises(ConfigError, match="at most 16777216 pixels; got 4097 x 4096. Scale"):
+            convert(image, 8)

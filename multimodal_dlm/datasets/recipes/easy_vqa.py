@@ -8,12 +8,12 @@ from types import ModuleType
 
 import numpy as np
 
-from multimodal_dlm.datasets.decoding import decode_image
 from multimodal_dlm.datasets.fetching import SourcePackage
 from multimodal_dlm.datasets.recipes.base import Recipe, register_recipe
 from multimodal_dlm.datasets.sampling import hash_fraction
 from multimodal_dlm.datasets.schema import QuestionAnswer, Record, Sample
 from multimodal_dlm.errors import DataError
+from multimodal_dlm.intake import decode_image
 
 VAL_SHARE = 0.05
 SHAPES = ("circle", "rectangle", "triangle")

@@ -7,7 +7,6 @@ from functools import cached_property
 import numpy as np
 from PIL import Image
 
-from multimodal_dlm.datasets.decoding import encode_png
 from multimodal_dlm.datasets.recipes.base import Recipe, register_recipe
 from multimodal_dlm.datasets.recipes.emoji_catalogue import (
     PACKAGES,
@@ -27,6 +26,7 @@ from multimodal_dlm.datasets.recipes.emoji_rendering import (
 from multimodal_dlm.datasets.recipes.wording import with_article
 from multimodal_dlm.datasets.sampling import KeyedDraws, hash_fraction
 from multimodal_dlm.datasets.schema import QuestionAnswer, Record, Sample
+from multimodal_dlm.intake import encode_png
 
 CENTRED_SIZE = 58
 MAX_NAME_WORDS = 3  # Longer names are no closed-form answers.

@@ -1,11 +1,10 @@
 """Emoji as pixels: SVG -> RGBA once, then placed on backgrounds with a name."""
 
-import io
-
 import numpy as np
 from PIL import Image
 
 from multimodal_dlm.errors import DataError
+from multimodal_dlm.intake import decode_picture
 
 IMAGE_SIZE = 64
 RENDER_SIZE = 128  # Drawn large, then reduced: crisper than 64 px straight from the rasteriser.
@@ -40,8 +39,7 @@ def rasterise(svg: str) -> Image.Image:
         data = resvg_py.svg_to_bytes(svg_string=svg, width=RENDER_SIZE, height=RENDER_SIZE)
     except ValueError as error:
         raise DataError(f"resvg cannot draw an SVG that starts {svg[:60]!r}: {error}.") from error
-    with Image.open(io.BytesIO(bytes(data)), formats=("PNG",)) as image:
-        return image.convert("RGBA")
+    return decode_picture(bytes(data), "resvg", lambda image: image.convert("RGBA"))
 
 
 def crop_to_ink(sprite: Image.Image) -> Image.Image:

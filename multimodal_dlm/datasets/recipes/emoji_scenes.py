@@ -6,7 +6,6 @@ from functools import cached_property
 
 from PIL import Image
 
-from multimodal_dlm.datasets.decoding import encode_png
 from multimodal_dlm.datasets.recipes.base import Recipe, register_recipe
 from multimodal_dlm.datasets.recipes.emoji import category
 from multimodal_dlm.datasets.recipes.emoji_catalogue import (
@@ -27,6 +26,7 @@ from multimodal_dlm.datasets.recipes.scene_plans import SceneObject, ScenePlan, 
 from multimodal_dlm.datasets.recipes.wording import is_plural, with_article
 from multimodal_dlm.datasets.sampling import KeyedDraws
 from multimodal_dlm.datasets.schema import Record, Sample
+from multimodal_dlm.intake import encode_png
 
 SCENE_STYLES = ("noto", "noto-v1", "twemoji", "fluent-emoji", "fluent-emoji-flat", "emojione")
 MIN_STYLES = 4
