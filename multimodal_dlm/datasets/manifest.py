@@ -11,6 +11,7 @@ identity: a run draws the same examples from either, and may be continued with t
 
 import hashlib
 import json
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -50,6 +51,7 @@ _MEMBER_ENTRIES = (
     *MEMBER_CHANGES,
 )
 _OPTIONAL_ENTRIES = ("tokenized",)
+_PLAIN_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,127}")
 _SHARD_ENTRIES = ("name", "count", "num_bytes", "sha256")
 _ORIGIN_ENTRIES = ("num_bytes", "sha256")
 
@@ -312,11 +314,24 @@ def _shard_row(shard: ShardInfo | ShardFile) -> dict[str, Any]:
     return {"name": shard.path.name, **row}
 
 
+def _check_names(path: AnyPath, content: Mapping[str, Any]) -> None:
+    """Names become parts of paths where shards are tokenized: they must never lead elsewhere."""
+    if not isinstance(content["splits"], dict):
+        raise DataError(f"{path}: `splits` must map names to shards; got {content['splits']!r}.")
+    for name in (content["name"], *content["splits"]):
+        if not isinstance(name, str) or not _PLAIN_NAME.fullmatch(name):
+            raise DataError(
+                f"{path}: the names of a source and its splits must be plain names of letters,"
+                f" digits, `_`, `-` and `.`; got {name!r}. Rename it."
+            )
+
+
 def _open_dataset(path: AnyPath, root: AnyPath | None, changes: Mapping[str, Any]) -> Source:
     content = _read_yaml(path)
     known_entries = (*DATASET_ENTRIES, *_OPTIONAL_ENTRIES)
     _check_entries(content, known_entries, str(path), required=DATASET_ENTRIES)
     content.update(changes)
+    _check_names(path, content)
     _check_member(path, content, changes)
     if "tokenized" in content:
         content["tokenized"] = Codebooks.from_dict(content["tokenized"], str(path))

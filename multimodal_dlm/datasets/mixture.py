@@ -53,6 +53,7 @@ class TrainingExample:
         record: The whole record.
         outcome: `yielded`; `filled` for a row that only fills the last batch of an epoch; for a
             skipped sample the reason: then the row shows another sample.
+        row: Number of the row in the run, rows that fill a batch included.
     """
 
     source: str
@@ -66,6 +67,7 @@ class TrainingExample:
     mask_draw: float
     record: Record
     outcome: str = YIELDED
+    row: int = 0
 
     @property
     def weight(self) -> float:
@@ -237,6 +239,7 @@ class MixtureReader(IterableDataset[list[TrainingExample]]):
         Raises:
             DataError: When the sample is unusable or lacks what its task needs.
         """
+        row = epoch * self.batches_per_epoch * self.batch_size + slot
         is_padding = slot >= self.slots_per_epoch
         slot %= self.slots_per_epoch
         name, draw = self._mixture[epoch * self.slots_per_epoch + slot]
@@ -269,6 +272,7 @@ class MixtureReader(IterableDataset[list[TrainingExample]]):
             mask_draw=float(mask_draw),
             record=record,
             outcome=outcome,
+            row=row,
         )
 
     def state_dict(self) -> dict[str, Any]:

@@ -24,6 +24,10 @@ MIN_GROUP_ROWS, MAX_GROUP_ROWS = 256, 4096
 MAX_IDS_BYTES = 256 * 2**20
 IDS = "ids.npy"
 TEXT_KINDS = ("captions", "questions")
+# What numpy and json raise on bytes that only look right.
+_BROKEN = (
+    ArithmeticError, EOFError, KeyError, MemoryError, RecursionError, TypeError, ValueError,
+)  # fmt: skip
 _FORMAT = "multimodal_dlm.row_group/1"
 Levels = tuple[np.ndarray, ...]
 
@@ -204,7 +208,7 @@ def unpack_group(members: Mapping[str, bytes], where: str) -> RowGroup:
         records = [Record.from_dict(row["record"], where) for row in rows]
         codebooks = Codebooks.from_dict(content["codebooks"], where)
         digest, made_from = str(content["ids_sha256"]), str(content["made_from"])
-    except (ValueError, KeyError, TypeError, EOFError, RecursionError) as error:
+    except _BROKEN as error:
         raise DataError(
             f"{where} must be a group of rows written by `multimodal-dlm data tokenize`; got"
             f" {type(error).__name__}: {error}. Tokenize again.",
@@ -231,7 +235,8 @@ def _check_group(group: RowGroup, digest: str, where: str) -> None:
     for record, lengths in zip(group.records, group.lengths, strict=True):
         num_texts = len(record_texts(record))
         levels = lengths[: len(lengths) - num_texts]
-        if min(lengths, default=-1) < 0 or levels not in ([], picture):
+        is_sound = len(lengths) >= num_texts and all(0 <= n <= len(ids) for n in lengths)
+        if not is_sound or levels not in ([], picture):
             fail(f"row {record.key} must have {picture} picture codes or none, then texts", lengths)
         limits += [*books.image_sizes[: len(levels)], *[books.text_size] * num_texts]
     flat = np.asarray([length for row in group.lengths for length in row], dtype=np.int64)

@@ -127,14 +127,22 @@ def unusable_samples(reader: ShardReader) -> dict[int, str]:
         try:
             reader.check_digest(number)
         except DataError as error:
+            _raise_unreachable(error)
             reasons |= dict.fromkeys(samples, error.reason)
             continue
         for index in samples:
             try:
                 reader.check(index)
             except DataError as error:
+                _raise_unreachable(error)
                 reasons[index] = error.reason
     return reasons
+
+
+def _raise_unreachable(error: DataError) -> None:
+    """A server that does not answer says nothing about the samples: nothing is skipped for it."""
+    if error.reason == "unreachable":
+        raise error
 
 
 def check_budget(skipped: Mapping[int, str], total: int, budget: float, where: str) -> None:

@@ -65,7 +65,14 @@ class RemotePath:
 
     def read_range(self, offset: int, size: int) -> bytes:
         """Bytes offset..offset + size - 1."""
-        return bytes(self._try("cat_file", start=offset, end=offset + size)) if size else b""
+        data = bytes(self._try("cat_file", start=offset, end=offset + size)) if size else b""
+        if len(data) > size:
+            raise DataError(
+                f"`{self.url}` must be served by byte ranges; the server sent {len(data)} bytes for"
+                f" {size}. Use a server that answers range requests, or copy the shards.",
+                reason="unreachable",
+            )
+        return data
 
     def read_bytes(self) -> bytes:
         """The whole file."""
@@ -81,7 +88,7 @@ class RemotePath:
         try:
             files, path = fsspec.url_to_fs(self.url)
             return getattr(files, operation)(path, *args, **options)
-        except (ImportError, OSError, ValueError) as error:
+        except Exception as error:  # Filesystems raise errors of their own.
             kind = type(error).__name__
             raise DataError(
                 f"`{self.url}` must be readable; got {kind}: {error}. Check the address, the access"

@@ -131,7 +131,7 @@ def tokenize_manifest(
         DataError: When a raw shard or one of its pictures cannot be used.
     """
     path, output = Path(manifest), Path(output)
-    opened = open_manifest(path, data_root)
+    opened = open_manifest(manifest, data_root)
     is_mixture = list(opened.sources) != [opened.name] or path.stem != opened.name
     if is_mixture and path.stem in opened.sources:
         raise DataError(
@@ -139,6 +139,9 @@ def tokenize_manifest(
             " it."
         )
     wanted = options.get("splits")
+    for split in wanted or ():
+        if split not in opened.splits:
+            raise unknown_name("split", split, opened.splits)
     total = sum(
         source.count(split)
         for source in opened.sources.values()

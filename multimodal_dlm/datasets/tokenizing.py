@@ -189,7 +189,19 @@ def _finished(path: Path, task: ShardTask, codebooks: Codebooks) -> list[RowGrou
         logger.warning("%s Writing it again.", error)
         return None
     is_ours = all(g.made_from == task.shard.sha256 and g.codebooks == codebooks for g in groups)
-    return groups if is_ours and [len(g) for g in groups] == _group_sizes(task) else None
+    if not is_ours or [len(g) for g in groups] != _group_sizes(task):
+        return None
+    return groups if _is_still_marked(groups, task) else None
+
+
+def _is_still_marked(groups: Sequence[RowGroup], task: ShardTask) -> bool:
+    """False when samples that rows stand for were mended, or may not be skipped any more."""
+    rows = [record for group in groups for record in group.records]
+    marked = {n: str(row.meta[SKIPPED]) for n, row in enumerate(rows) if SKIPPED in row.meta}
+    if not marked:
+        return True
+    reader = ShardReader([task.shard], source=task.source, is_lenient=True)
+    return task.may_skip and unusable_samples(reader) == marked
 
 
 def _group_sizes(task: ShardTask) -> list[int]:

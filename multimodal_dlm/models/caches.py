@@ -31,10 +31,19 @@ class CacheChoice:
         if not bool((plan.order != plan.order[:, :1]).any()):
             return None
         memory = None
-        if self.memory.capacity and not getattr(model, "_hf_peft_config_loaded", False):
+        if self.memory.capacity and _has_fixed_weights(model):
             self.memory.check(model)
             memory = self.memory
         return ExactCache(plan, is_free, logits_shift=shift, memory=memory)
+
+
+def _has_fixed_weights(model: Any) -> bool:
+    """False with adapters, which are switched without a trace, and where weights are elsewhere."""
+    return (
+        not getattr(model, "_hf_peft_config_loaded", False)
+        and not any(parameter.is_meta for parameter in model.parameters())
+        and not any(hasattr(m, "active_adapters") for m in model.modules() if m is not model)
+    )
 
 
 def _is_exact(config: Any) -> bool:

@@ -260,9 +260,17 @@ def is_bare_linear(layer: nn.Module) -> bool:
         and layer.bias is None
         and type(layer.weight) is nn.Parameter
         and layer.weight.requires_grad
-        and "forward" not in layer.__dict__
-        and not layer._forward_hooks
-        and not layer._forward_pre_hooks
+        and is_unhooked(layer)
+    )
+
+
+def is_unhooked(module: nn.Module) -> bool:
+    """True for a module whose call is its class's forward and nothing else."""
+    return "forward" not in module.__dict__ and not (
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
     )
 
 

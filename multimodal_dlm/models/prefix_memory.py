@@ -84,9 +84,14 @@ class PrefixMemory:
         does not count, such as adapters merged through `.data`.
         """
         parameters = list(model.parameters())
+        device = parameters[0].device.type
+        is_cast = torch.is_autocast_enabled(device)
         now = (
-            sum(parameter._version for parameter in parameters),
-            tuple((p.data_ptr(), p.dtype) for p in parameters),
+            sum(0 if p.is_inference() else p._version for p in parameters),
+            (
+                torch.get_autocast_dtype(device) if is_cast else None,
+                *((p.data_ptr(), p.dtype) for p in parameters),
+            ),
             torch.cat([p.detach().flatten()[:_PROBE].double().cpu() for p in parameters]),
         )
         before, self._weights = self._weights, now

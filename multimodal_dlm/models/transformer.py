@@ -39,6 +39,7 @@ from multimodal_dlm.models.cache_base import (
     previous_columns,
 )
 from multimodal_dlm.models.caches import CACHE_CONFIGS, CacheChoice
+from multimodal_dlm.models.fused import is_unhooked
 from multimodal_dlm.models.layers import RMSNorm, SwiGLU, add_gated
 from multimodal_dlm.models.native.functions import can_run, gated_attention, gated_mlp
 from multimodal_dlm.models.noise_conditioning import Gating, Modulation, NoiseConditioning
@@ -93,6 +94,9 @@ class UnifiedTransformerBlock(nn.Module):
         if (
             kv_cache is None
             and attn.is_plain_eager(hidden_states, rotary, plan)
+            and is_unhooked(attn)
+            and is_unhooked(self.norm1)
+            and rotary.cos.shape[0] == plan.order.shape[0] == hidden_states.shape[0]
             and can_run(hidden_states, layers, hidden_states.shape[-1], attn.head_dim)
         ):
             tables, bias = self.norm1.tables(hidden_states, first), plan.bias(hidden_states.dtype)
@@ -107,7 +111,9 @@ class UnifiedTransformerBlock(nn.Module):
     def _transform(self, hidden_states: Tensor, gating: Gating | None) -> Tensor:
         """The second half of the block."""
         layers = self.mlp.gate_up_proj, self.mlp.down_proj
-        if can_run(hidden_states, layers, *self.mlp.down_proj.weight.shape):
+        sizes = hidden_states.shape[-1], self.mlp.inner_size
+        is_alone = is_unhooked(self.mlp) and is_unhooked(self.norm2)
+        if is_alone and can_run(hidden_states, layers, *sizes):
             tables = self.norm2.tables(hidden_states, gating)
             return gated_mlp(hidden_states, tables, layers, self.norm2.eps)
         return add_gated(hidden_states, self.mlp(self.norm2(hidden_states, gating)), gating)

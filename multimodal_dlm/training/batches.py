@@ -117,6 +117,7 @@ class CanvasBatches(_MixtureBatches):
                     if self.pack_length
                     else None,
                     outcomes=tuple(example.outcome for example in chosen),
+                    numbers=tuple(example.row for example in chosen),
                 )
             )
         return batches
@@ -147,6 +148,7 @@ class PixelBatches(_MixtureBatches):
                     keys=tuple(f"{example.source}/{example.key}" for example in chosen),
                     rows=tuple(first + index for index in chunk),
                     outcomes=tuple(example.outcome for example in chosen),
+                    numbers=tuple(example.row for example in chosen),
                 )
             )
         return batches

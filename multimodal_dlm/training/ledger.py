@@ -61,11 +61,10 @@ class Ledger:
         """
         if self.first_step is None:
             self.first_step = step
-        start = (step % self.plan.num_batches) * self.plan.batch_size
         for batch in batches:
             for key, outcome in zip(batch.keys, batch.outcomes, strict=True):
                 self._own[key.rsplit("/", 1)[0], outcome] += 1
-            self._own_digest += rows_digest(np.asarray(batch.rows) + start)
+            self._own_digest += rows_digest(np.asarray(batch.numbers))
         return self._close(step) if (step + 1) % self.plan.num_batches == 0 else None
 
     def share(self) -> None:
@@ -129,9 +128,11 @@ class Ledger:
                     " came twice: stop, and report it with the run's log.",
                     reason="ledger",
                 )
+        first = report["epoch"] * self.plan.num_rows
+        last = first + self.plan.num_rows
         expected = sum(
-            rows_digest(np.arange(start, min(start + _CHUNK, self.plan.num_rows)))
-            for start in range(0, self.plan.num_rows, _CHUNK)
+            rows_digest(np.arange(start, min(start + _CHUNK, last)))
+            for start in range(first, last, _CHUNK)
         )
         if self._digest != expected % _WORD:
             raise DataError(

@@ -109,7 +109,8 @@ def check_tokenized(manifest: Manifest, codebooks: Codebooks) -> None:
 def check_lengths(manifest: Manifest, split: str, max_text: int) -> None:
     """Refuse sources with a text that does not fit the model's text window, if it may be drawn.
 
-    Sources with templates, or that weigh their captions or questions, are left to the draw.
+    Sources with a filter or templates, or that weigh their captions or questions, are left to the
+    draw.
 
     Args:
         manifest: Pre-tokenized sources.
@@ -121,6 +122,8 @@ def check_lengths(manifest: Manifest, split: str, max_text: int) -> None:
     """
     for name, source in manifest.sources.items():
         tasks = {task for task, share in source.tasks.items() if share}
+        if source.filter is not None:
+            continue
         is_left = bool(source.caption_weights or source.templates)
         kinds = {"captions": bool(tasks - set(QUESTION_TASKS)) and not is_left}
         kinds["questions"] = bool(tasks & set(QUESTION_TASKS)) and not source.question_weights

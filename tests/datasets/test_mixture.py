@@ -183,6 +183,20 @@ def test_mistakes_are_named(manifest: Manifest) -> None:
             reader.load_state_dict({**reader.state_dict(), **change})
 
 
+@pytest.mark.parametrize("name", ["../outside", "/etc/x", ".hidden", "a/b", "", 3])
+def test_names_never_lead_out_of_a_folder(tmp_path: Path, name: object) -> None:
+    toy_mixture(tmp_path)
+    path = next(path for path in sorted(tmp_path.glob("*.yaml")) if "splits:" in path.read_text())
+    content = yaml.safe_load(path.read_text())
+    for changed in (
+        {**content, "name": name},
+        {**content, "splits": {name: content["splits"]["train"]}},
+    ):
+        path.write_text(yaml.safe_dump(changed))
+        with pytest.raises(DataError, match="must be plain names"):
+            open_manifest(path)
+
+
 def test_a_source_of_another_weight_changes_the_fingerprint(tmp_path: Path) -> None:
     one = toy_mixture(tmp_path / "a").fingerprint
     assert one == toy_mixture(tmp_path / "b").fingerprint

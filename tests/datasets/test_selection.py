@@ -233,8 +233,8 @@ def ledger_of(reader, count=None, change=lambda batches: batches):
         batch = Batch(
             None,
             tuple(f"{row.source}/{row.key}" for row in rows),
-            rows=tuple(range(len(rows))),
             outcomes=tuple(row.outcome for row in rows),
+            numbers=tuple(row.row for row in rows),
         )
         reports.append(ledger.add(step, change([batch])))
     return ledger, reports
@@ -279,7 +279,9 @@ def test_the_ledger_goes_on_from_a_checkpoint_on_other_ranks(spoiled):
                 continue
             keys = tuple(f"{row.source}/{row.key}" for row in rows)
             outcomes = tuple(row.outcome for row in rows)
-            batch = Batch(None, keys, rows=tuple(places.tolist()), outcomes=outcomes)
+            numbers = tuple(row.row for row in rows)
+            assert numbers == tuple((places + 8 * step).tolist())
+            batch = Batch(None, keys, outcomes=outcomes, numbers=numbers)
             report = second.add(step, [batch])
             if step == 3:
                 second.share()
@@ -291,16 +293,28 @@ def test_the_ledger_notices_lost_and_repeated_rows(mix, fault):
     def change(batches):
         (batch,) = batches
         if fault == "lost":
-            keep = slice(0, len(batch.rows) - 1)
             return [
-                Batch(None, batch.keys[keep], (), batch.rows[keep], outcomes=batch.outcomes[keep])
+                Batch(
+                    None,
+                    batch.keys[:-1],
+                    outcomes=batch.outcomes[:-1],
+                    numbers=batch.numbers[:-1],
+                )
             ]
         if fault == "twice":
-            rows = (*batch.rows[:-1], batch.rows[0])
-            return [Batch(None, batch.keys, rows=rows, outcomes=batch.outcomes)]
+            numbers = (*batch.numbers[:-1], batch.numbers[0])
+            return [Batch(None, batch.keys, outcomes=batch.outcomes, numbers=numbers)]
         keys = tuple(key.replace("small", "big") for key in batch.keys)
-        return [Batch(None, keys, rows=batch.rows, outcomes=batch.outcomes)]
+        return [Batch(None, keys, outcomes=batch.outcomes, numbers=batch.numbers)]
 
     with pytest.raises(DataError, match="Rows were lost or came twice") as caught:
         ledger_of(MixtureReader(mix(), batch_size=BATCH), change=change)
     assert caught.value.reason == "ledger"
+
+
+def test_the_ledger_notices_a_batch_that_comes_again(mix):
+    reader = MixtureReader(mix(), batch_size=BATCH)
+    first = reader.batch(0)
+    reader.batch = lambda number: first
+    with pytest.raises(DataError, match="Rows were lost or came twice"):
+        ledger_of(reader)

@@ -198,6 +198,37 @@ def test_a_layer_that_is_more_than_its_weight_takes_the_plain_path():
         assert operator in counts["UnifiedTransformerModel.blocks.1"]
 
 
+@needs_kernels
+@pytest.mark.parametrize("hooked", ["attn", "norm1", "mlp", "norm2"])
+def test_hooks_of_a_half_are_called(hooked):
+    model, seen = tiny_model(**WIDE).to(torch.bfloat16).train(), []
+    getattr(model.blocks[0], hooked).register_forward_hook(lambda *_: seen.append(hooked))
+    run(model, make_canvas(torch.tensor([[0] * 40] * 2))).float().sum().backward()
+    assert seen == [hooked]
+
+
+@needs_kernels
+def test_weights_in_other_dtypes_take_the_plain_path():
+    canvas = make_canvas(torch.tensor([[0] * 40] * 2))
+    model = tiny_model(**WIDE).half().train()
+    with FlopCounterMode(display=False) as counter, torch.autocast("cpu", torch.bfloat16):
+        run(model, canvas).float().sum().backward()
+    counts = counter.get_flop_counts()["UnifiedTransformerModel.blocks.0"]
+    assert torch.ops.multimodal_dlm.mlp_forward not in counts
+
+
+@needs_kernels
+def test_a_library_is_not_loaded_from_a_folder_that_others_may_write(
+    fresh, monkeypatch, tmp_path, caplog
+):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    folder = tmp_path / "multimodal_dlm"
+    folder.mkdir()
+    folder.chmod(0o777)
+    assert fresh() is None
+    assert "must belong to you" in caplog.text
+
+
 @pytest.fixture
 def fresh(monkeypatch):
     """`kernels` without what it remembers."""

@@ -75,7 +75,7 @@ def kernels() -> Kernels | None:
         return None
     try:
         library = Kernels(_compiled())
-    except (OSError, subprocess.SubprocessError) as error:
+    except (OSError, RuntimeError, subprocess.SubprocessError) as error:
         detail = getattr(error, "stderr", None) or error
         logger.warning("Native kernels are left out, PyTorch's train instead: %s", detail)
         return None
@@ -97,9 +97,14 @@ def _compiled() -> Path:
         digest.update(path.read_bytes())
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "multimodal_dlm"
     path = cache / f"kernels_{digest.hexdigest()[:16]}.so"
+    cache.mkdir(mode=0o700, parents=True, exist_ok=True)
+    if cache.stat().st_uid != os.getuid() or cache.stat().st_mode & 0o022:
+        raise PermissionError(
+            f"`{cache}` must belong to you and be writable by nobody else: a library is loaded from"
+            " it. Change its owner and mode, or set XDG_CACHE_HOME"
+        )
     if not path.exists():
         logger.info("Compiling the native kernels once, into %s.", path)
-        cache.mkdir(mode=0o700, parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=cache) as folder:
             fresh = Path(folder) / "kernels.so"
             command = [compiler, *map(str, sources), *flags, "-o", str(fresh)]
@@ -112,5 +117,6 @@ def _openmp_library() -> list[str]:
     """PyTorch's own OpenMP library to link with: a second one would bring a second thread pool."""
     maps = Path("/proc/self/maps")
     lines = maps.read_text().splitlines() if maps.exists() else []
-    paths = {line.split()[-1] for line in lines if "libgomp" in line.split()[-1]}
+    files = [line.split(maxsplit=5)[-1] for line in lines]
+    paths = {file for file in files if "libgomp" in file}
     return [min(paths)] if paths else []

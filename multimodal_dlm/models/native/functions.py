@@ -244,13 +244,15 @@ def can_run(hidden_states: Tensor, layers: tuple[nn.Module, ...], *sizes: int) -
 
     Args:
         hidden_states: Its input; in bf16 on the CPU, with gradients.
-        layers: Its linear layers, which must be only their weights.
+        layers: Its linear layers, which must be only their weights, in float32 or bf16.
         sizes: Widths that must be whole blocks.
     """
     return (
         use_fused(hidden_states)
         and all(size % EDGE == 0 for size in sizes)
         and all(is_bare_linear(layer) for layer in layers)
+        and all(layer.weight.dtype in (torch.float32, torch.bfloat16) for layer in layers)
+        and all(layer.weight.device.type == "cpu" for layer in layers)
         and kernels() is not None
     )
 

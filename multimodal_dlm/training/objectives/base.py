@@ -68,6 +68,7 @@ class Batch:
         draws: One uniform number a row for choices of the objective.
         packing: How rows share the rows of the forward pass; None when they do not.
         outcomes: `yielded` for each row that counts, else why it does not.
+        numbers: Number of each row in the run, as the reader counts them.
     """
 
     inputs: Any
@@ -77,6 +78,7 @@ class Batch:
     draws: tuple[float, ...] = ()
     packing: Packing | None = None
     outcomes: tuple[str, ...] = ()
+    numbers: tuple[int, ...] = ()
 
     def to(self, device: torch.device) -> "Batch":
         """A copy whose tensors are on another device."""
