@@ -45,6 +45,7 @@ MIXTURE_OPTIONS = ("temperature", "licenses")
 _MIXTURE_ENTRIES = ("name", "mixture")
 _MEMBER_ENTRIES = (
     "manifest",
+    "name",
     "weight",
     "tasks",
     "caption_weights",
@@ -234,7 +235,10 @@ def open_manifest(path: str | AnyPath, data_root: str | AnyPath | None = None) -
         inner = path.parent / changes.pop("manifest")
         source = _open_dataset(inner, root, changes)
         if source.name in sources:
-            raise DataError(f"{path}: each source must be named once; got `{source.name}` twice.")
+            raise DataError(
+                f"{path}: each source must be named once; got `{source.name}` twice."
+                " Give one of the members another `name`."
+            )
         sources[source.name] = source
     if not sources:
         raise DataError(f"{path}: `mixture` must name at least one manifest; got none.")

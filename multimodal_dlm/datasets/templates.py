@@ -1,6 +1,7 @@
 """Caption templates of a mixture: texts with `{fields}` of the record, and nothing else in them.
 
-Fields are replaced by name alone: no attribute, index, format or expression is understood.
+Fields are replaced by name alone: no attribute, index, format or expression is understood. A field
+after `a ` comes with its English article: `{a caption}` is "a fish", "an eye" or "two fish".
 """
 
 import re
@@ -8,10 +9,12 @@ from collections.abc import Sequence
 from typing import Any
 
 from multimodal_dlm.datasets.schema import MAX_TEXT_CHARACTERS, MAX_TEXTS, Record
+from multimodal_dlm.datasets.wording import with_article
 from multimodal_dlm.errors import DataError, nearest_match
 
 _FIELD = re.compile(r"\{([^{}]*)\}")
-_NAME = re.compile(r"key|source|caption|meta\.[A-Za-z0-9_-]+")
+_ARTICLE = "a "
+_NAME = re.compile(rf"({_ARTICLE})?(key|source|caption|meta\.[A-Za-z0-9_-]+)")
 
 
 def check_templates(content: Any, where: str) -> tuple[str, ...]:
@@ -52,7 +55,7 @@ def fill_template(template: str, record: Record) -> str:
     }
 
     def value(match: re.Match[str]) -> str:
-        name = match.group(1)
+        name = match.group(1).removeprefix(_ARTICLE)
         found = fields.get(name)
         if isinstance(found, bool) or not isinstance(found, str | int | float):
             known = sorted(n for n, v in fields.items() if isinstance(v, str | int | float))
@@ -61,7 +64,7 @@ def fill_template(template: str, record: Record) -> str:
                 f" {record.key} of `{record.source}` has {found!r}.{nearest_match(name, known)}"
                 f" Available: {', '.join(known)}."
             )
-        return str(found)
+        return with_article(str(found)) if match.group(1).startswith(_ARTICLE) else str(found)
 
     text = _FIELD.sub(value, template).strip()
     if not 0 < len(text) <= MAX_TEXT_CHARACTERS:

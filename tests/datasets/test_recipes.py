@@ -33,10 +33,10 @@ from multimodal_dlm.datasets.recipes.scene_plans import (
     draw_plan,
     is_held_out,
 )
-from multimodal_dlm.datasets.recipes.wording import is_plural, plain_name, plural, with_article
 from multimodal_dlm.datasets.sampling import KeyedDraws
 from multimodal_dlm.datasets.schema import QuestionAnswer
 from multimodal_dlm.datasets.validation import validate_manifest
+from multimodal_dlm.datasets.wording import is_plural, plain_name, plural, with_article
 from multimodal_dlm.errors import ConfigError, DataError
 from multimodal_dlm.processing import TASKS
 

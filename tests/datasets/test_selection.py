@@ -121,6 +121,32 @@ def test_templates_make_the_captions(mix):
     assert all(row.text == row.key for row in rows if row.source == "big")
 
 
+def test_a_field_comes_with_its_article(mix):
+    templates = ["{a meta.style} one: {a caption}, {a meta.number}"]
+    manifest = mix({"templates": templates, "passes": 1}, {"passes": 1})
+    rows = [row for row in epoch(MixtureReader(manifest, batch_size=BATCH)) if row.source == "big"]
+    articles = {style: f"a {style}" for style in STYLES}
+    assert {row.text for row in rows} == {
+        f"{articles[row.record.meta['style']]} one: a {row.record.captions[0]},"
+        f" a {row.record.meta['number']}"
+        for row in rows
+    }
+
+
+def test_a_dataset_is_a_member_twice_under_two_names(mix, tmp_path):
+    few = {"manifest": "big.yaml", "name": "few", "filter": {"key_suffix": ["-03"]}, "passes": 2}
+    mix({"passes": 1}, {"passes": 1})
+    path = tmp_path / "mix.yaml"
+    members = [{"manifest": "big.yaml", "passes": 1}, few]
+    path.write_text(yaml.safe_dump({"name": "mix", "mixture": members}))
+    rows = epoch(MixtureReader(open_manifest(path), batch_size=BATCH))
+    assert Counter(row.source for row in rows) == {"big": 40, "few": 2}
+    assert {row.key for row in rows if row.source == "few"} == {"big-03"}
+    path.write_text(yaml.safe_dump({"name": "mix", "mixture": members[:1] * 2}))
+    with pytest.raises(DataError, match="`big` twice. Give one of the members another `name`"):
+        open_manifest(path)
+
+
 @pytest.mark.parametrize(
     ("templates", "message"),
     [

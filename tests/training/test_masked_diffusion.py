@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from multimodal_dlm.canvas import Canvas, noise_levels
-from multimodal_dlm.errors import ConfigError
+from multimodal_dlm.errors import ConfigError, VocabularyError
 from multimodal_dlm.training.batches import drop_empty_columns
 from multimodal_dlm.training.objectives import MaskedDiffusion, build_objective
 from multimodal_dlm.training.objectives.base import Batch
@@ -88,6 +88,39 @@ def test_the_weight_of_a_target_is_window_length_over_count():
         assert 1 <= count <= length
         assert torch.equal(corrupted.weight[row, targets], torch.full((count,), length / count))
     assert bool((corrupted.weight[~corrupted.is_target] == 0).all())
+
+
+def test_flat_weights_change_the_loss_of_one_modality_and_no_report():
+    canvas, model = canvas_of(("text_to_image", "joint")), tiny_model()
+    uniforms = {window: torch.tensor([0.3, 0.8]).double() for window in canvas.free_windows()}
+    outputs = {
+        weighting: MaskedDiffusion(mask_weighting={"image": weighting}, loss_weights={"text": 0.0})(
+            model, canvas, generator=generators([1, 2]), uniforms=uniforms
+        )
+        for weighting in ("bound", "flat")
+    }
+    bound, flat = outputs["bound"], outputs["flat"]
+    assert {name: float(term.value) for name, term in bound.terms.items()} == {
+        name: float(term.value) for name, term in flat.terms.items()
+    }
+    assert not torch.equal(bound.loss, flat.loss)
+
+
+def test_flat_weights_sum_to_the_window_in_the_mean_over_counts():
+    canvas, vocabulary = canvas_of(("text_to_image",)), tiny_model().vocabulary
+    length = int(canvas.is_free.sum())
+    (window,) = canvas.free_windows()
+    total = 0.0
+    for count in range(1, length + 1):
+        uniforms = {window: torch.tensor([(count - 0.5) / length], dtype=torch.float64)}
+        corrupted = MaskedDiffusion().corrupt(
+            canvas, vocabulary, generator=generators([count]), uniforms=uniforms
+        )
+        assert int(corrupted.is_target.sum()) == count
+        assert corrupted.flat_weight[corrupted.is_target].unique().numel() == 1
+        assert bool((corrupted.flat_weight[~corrupted.is_target] == 0).all())
+        total += float(corrupted.flat_weight.sum()) / length
+    assert total == pytest.approx(length)
 
 
 def test_only_free_positions_are_masked_and_levels_are_the_realised_share():
@@ -237,6 +270,12 @@ def test_wrong_options_are_explained():
         build_objective("masked_diffusion", holes=0.1)
     with pytest.raises(ConfigError, match=r"`hole_share` must lie in \[0, 1\]; got 2"):
         MaskedDiffusion(hole_share=2)
+    with pytest.raises(ConfigError, match=r"`mask_weighting.image` must be one of.*mean `flat`"):
+        MaskedDiffusion(mask_weighting={"image": "flatt"})
+    with pytest.raises(VocabularyError, match="Did you mean `image`"):
+        MaskedDiffusion(mask_weighting={"imge": "flat"})(
+            tiny_model(), canvas_of(("joint",)), generator=generators([0])
+        )
     with pytest.raises(ConfigError, match="Did you mean `vqa`"):
         MaskedDiffusion(task_weights={"vqas": 2.0})
     with pytest.raises(ConfigError, match="`task_weights.vqa` must not be negative; got -1"):

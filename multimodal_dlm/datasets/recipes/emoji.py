@@ -23,9 +23,9 @@ from multimodal_dlm.datasets.recipes.emoji_rendering import (
     rasterise,
     to_pixels,
 )
-from multimodal_dlm.datasets.recipes.wording import with_article
 from multimodal_dlm.datasets.sampling import KeyedDraws, hash_fraction
 from multimodal_dlm.datasets.schema import QuestionAnswer, Record, Sample
+from multimodal_dlm.datasets.wording import with_article
 from multimodal_dlm.intake import encode_png
 
 CENTRED_SIZE = 58

@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from multimodal_dlm.datasets.fetching import SourceFolder, SourcePackage
-from multimodal_dlm.datasets.recipes.wording import plain_name
 from multimodal_dlm.datasets.sampling import hash_fraction
+from multimodal_dlm.datasets.wording import plain_name
 
 _APACHE, _MIT, _CC_BY = "Apache-2.0", "MIT", "CC-BY-4.0"
 

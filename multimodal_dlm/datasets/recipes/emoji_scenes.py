@@ -23,9 +23,9 @@ from multimodal_dlm.datasets.recipes.emoji_rendering import (
     to_pixels,
 )
 from multimodal_dlm.datasets.recipes.scene_plans import SceneObject, ScenePlan, draw_plan
-from multimodal_dlm.datasets.recipes.wording import is_plural, with_article
 from multimodal_dlm.datasets.sampling import KeyedDraws
 from multimodal_dlm.datasets.schema import Record, Sample
+from multimodal_dlm.datasets.wording import is_plural, with_article
 from multimodal_dlm.intake import encode_png
 
 SCENE_STYLES = ("noto", "noto-v1", "twemoji", "fluent-emoji", "fluent-emoji-flat", "emojione")

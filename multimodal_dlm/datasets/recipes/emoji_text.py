@@ -6,9 +6,9 @@ from functools import cached_property
 from multimodal_dlm.datasets.recipes.base import Recipe, register_recipe
 from multimodal_dlm.datasets.recipes.emoji import category
 from multimodal_dlm.datasets.recipes.emoji_catalogue import EMOJIBASE, Concept, load_concepts
-from multimodal_dlm.datasets.recipes.wording import with_article
 from multimodal_dlm.datasets.sampling import KeyedDraws, hash_fraction
 from multimodal_dlm.datasets.schema import QuestionAnswer, Record, Sample
+from multimodal_dlm.datasets.wording import with_article
 
 
 @register_recipe

@@ -4,9 +4,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from multimodal_dlm.datasets.recipes.emoji_rendering import BACKGROUNDS
-from multimodal_dlm.datasets.recipes.wording import NUMBER_WORDS, plural, with_article
 from multimodal_dlm.datasets.sampling import KeyedDraws, hash_fraction
 from multimodal_dlm.datasets.schema import QuestionAnswer
+from multimodal_dlm.datasets.wording import NUMBER_WORDS, plural, with_article
 
 HELD_OUT_SHARE = 0.10
 WHITE_SHARE = 0.3

@@ -17,7 +17,7 @@ from torch import Tensor
 from multimodal_dlm.canvas import Canvas, noise_levels
 from multimodal_dlm.diffusion.masking import exact_count_mask, rectangle_mask
 from multimodal_dlm.diffusion.timesteps import counts_from_uniforms, stratified_uniforms
-from multimodal_dlm.errors import ConfigError
+from multimodal_dlm.errors import ConfigError, nearest_match
 from multimodal_dlm.training.objectives.base import Generators, ObjectiveOutput, target_nll
 from multimodal_dlm.training.objectives.canvas_objective import (
     CanvasObjective,
@@ -29,6 +29,8 @@ from multimodal_dlm.training.objectives.canvas_objective import (
 from multimodal_dlm.training.packing import Packing, canvas_states
 from multimodal_dlm.vocabulary import UnifiedVocabulary
 
+MASK_WEIGHTINGS = ("bound", "flat")
+
 
 @dataclass(frozen=True)
 class Corruption:
@@ -37,13 +39,15 @@ class Corruption:
     Args:
         canvas: Targets replaced by their modality's mask.
         is_target: Positions that carry loss.
-        weight: L / k of the window at each target, 0 elsewhere.
+        weight: L / k of the window at each target, 0 elsewhere: the bound's.
+        flat_weight: 2 L / (L + 1) at each target, 0 elsewhere.
         has_hole: Rows masked by a rectangle instead of an exact count.
     """
 
     canvas: Canvas
     is_target: Bool[Tensor, "batch length"]
     weight: Float[Tensor, "batch length"]
+    flat_weight: Float[Tensor, "batch length"]
     has_hole: Bool[Tensor, " batch"]
 
 
@@ -55,6 +59,11 @@ class MaskedDiffusion(CanvasObjective):
         task_weights: Weight of the rows of each task by name; 1 where none is given.
         hole_share: Share of rows whose only free window is a grid that get one rectangular hole
             instead (practice for inpainting; left out of the reported bounds).
+        mask_weighting: `bound` or `flat` for each modality by name; `bound` where none is given.
+            `bound` is the NELBO's L / k; `flat` gives each masked token the same 2 L / (L + 1), the
+            same sum in the mean. A picture's last few tokens then no longer weigh as much as all of
+            it, and gradients vary less (You et al. 2025, arXiv 2503.07197, w(t) = 1). The optimum
+            is the same, the reported bounds stay bounds.
         num_noise_bins: Noise levels reported separately.
     """
 
@@ -64,9 +73,17 @@ class MaskedDiffusion(CanvasObjective):
         loss_weights: Mapping[str, float] | None = None,
         task_weights: Mapping[str, float] | None = None,
         hole_share: float = 0.0,
+        mask_weighting: Mapping[str, str] | None = None,
         num_noise_bins: int = 4,
     ) -> None:
         super().__init__(loss_weights=loss_weights, task_weights=task_weights)
+        self.mask_weighting = dict(mask_weighting or {})
+        for modality, weighting in self.mask_weighting.items():
+            if weighting not in MASK_WEIGHTINGS:
+                raise ConfigError(
+                    f"`mask_weighting.{modality}` must be one of {', '.join(MASK_WEIGHTINGS)}; got"
+                    f" {weighting!r}.{nearest_match(weighting, MASK_WEIGHTINGS)}"
+                )
         if not 0.0 <= hole_share <= 1.0:
             raise ConfigError(f"`hole_share` must lie in [0, 1]; got {hole_share}. Use 0.1.")
         self.hole_share = hole_share
@@ -110,7 +127,8 @@ class MaskedDiffusion(CanvasObjective):
         output = canvas_states(model, noisy, levels, packing)
         nll = target_nll(model, output.hidden_states, inputs, corrupted.is_target)
         nelbo = nll * corrupted.weight
-        loss = self.weighted_loss(nelbo, inputs, vocabulary, denominators, tasks)
+        weight = self._loss_weight(corrupted, vocabulary)
+        loss = self.weighted_loss(nll * weight, inputs, vocabulary, denominators, tasks)
         if output.auxiliary_loss is not None:
             loss = loss + row_share * output.auxiliary_loss
         is_bound = (num_free_windows(inputs) <= 1) & ~corrupted.has_hole
@@ -133,6 +151,7 @@ class MaskedDiffusion(CanvasObjective):
         """Mask an exact count of every free window, or one rectangle of a grid."""
         is_target = torch.zeros_like(canvas.is_free)
         weight = torch.zeros(canvas.is_free.shape, device=canvas.device)
+        flat_weight = torch.zeros_like(weight)
         input_ids = canvas.input_ids.clone()
         wants_hole = torch.zeros(canvas.batch_size, dtype=torch.bool)
         if len(draws):
@@ -152,9 +171,22 @@ class MaskedDiffusion(CanvasObjective):
             counts = masked.sum(dim=1)
             is_target[:, part] = masked
             weight[:, part] = masked * (lengths / counts.clamp(min=1))[:, None]
+            flat_weight[:, part] = masked * (2 * lengths / (lengths + 1))[:, None]
             mask = vocabulary.mask_token_id(vocabulary.modalities[canvas.window_modality(window)])
             input_ids[:, part] = input_ids[:, part].masked_fill(masked, mask)
-        return Corruption(canvas.replace(input_ids=input_ids), is_target, weight, has_hole)
+        noisy = canvas.replace(input_ids=input_ids)
+        return Corruption(noisy, is_target, weight, flat_weight, has_hole)
+
+    def _loss_weight(
+        self, corrupted: Corruption, vocabulary: UnifiedVocabulary
+    ) -> Float[Tensor, "batch length"]:
+        """The weight of each target's cross-entropy in the loss."""
+        weight = corrupted.weight
+        for modality, weighting in self.mask_weighting.items():
+            if weighting == "flat":
+                is_own = corrupted.canvas.modality_ids == vocabulary.modality_id(modality)
+                weight = torch.where(is_own, corrupted.flat_weight, weight)
+        return weight
 
 
 def _draw(batch: int, generator: Generators) -> Float[Tensor, " batch"]:
