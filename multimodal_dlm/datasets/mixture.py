@@ -26,6 +26,7 @@ from multimodal_dlm.datasets.selection import (
     Selection,
     check_budget,
     select,
+    selection_digest,
     unusable_samples,
 )
 from multimodal_dlm.datasets.templates import fill_template
@@ -163,6 +164,7 @@ class MixtureReader(IterableDataset[list[TrainingExample]]):
         self.selections = {
             name: self._select(source, max_skipped) for name, source in self.sources.items()
         }
+        self._selection = selection_digest(self.selections)
         self._asking = {
             name: QuestionWeights(
                 (reader.record(index) for index in self.selections[name].good_numbers()),
@@ -287,7 +289,7 @@ class MixtureReader(IterableDataset[list[TrainingExample]]):
 
     def state_at(self, next_batch: int) -> dict[str, Any]:
         """The position before batch `next_batch`: for trainers that count batches themselves."""
-        return {
+        state = {
             "format": _STATE_FORMAT,
             "next_batch": next_batch,
             "seed": self.seed,
@@ -295,6 +297,7 @@ class MixtureReader(IterableDataset[list[TrainingExample]]):
             "batch_size": self.batch_size,
             "manifest": self.fingerprint,
         }
+        return state | ({"selection": self._selection} if self._selection else {})
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue where a state was taken, on any number of ranks.
@@ -303,11 +306,11 @@ class MixtureReader(IterableDataset[list[TrainingExample]]):
             DataError: When the state belongs to another order.
         """
         own = self.state_at(0)
-        for name in ("format", "seed", "split", "batch_size", "manifest"):
-            if state.get(name) != own[name]:
+        for name in ("format", "seed", "split", "batch_size", "manifest", "selection"):
+            if state.get(name) != own.get(name):
                 raise DataError(
                     f"The reader's `{name}` must be that of the saved state to continue its order;"
-                    f" got {own[name]!r} and {state.get(name)!r}. Resume with the same settings or"
+                    f" got {own.get(name)!r} and {state.get(name)!r}. Resume with the same settings or"
                     " start a new run."
                 )
         theirs, ours = state.get("num_workers", 1), self._worker()[1]

@@ -4,6 +4,7 @@ What a filter leaves out is never drawn. A skipped sample keeps its place in the
 weight 0, so that skipping it moves no other sample.
 """
 
+import hashlib
 from collections import Counter, defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -111,6 +112,22 @@ def select(
         )
     numbers = np.asarray(kept, dtype=np.int64)
     return Selection(len(reader), tuple(kept_counts), numbers, skipped, dict(filtered))
+
+
+def selection_digest(selections: Mapping[str, Selection]) -> str | None:
+    """SHA-256 of what filters left of each source; None without filters.
+
+    A sample that no filter could judge because it was damaged keeps its place. Repaired it may lose
+    it, and all later ones move: the order is then another one.
+    """
+    chosen = {name: s.numbers for name, s in selections.items() if s.numbers is not None}
+    if not chosen:
+        return None
+    digest = hashlib.sha256()
+    for name, numbers in sorted(chosen.items()):
+        digest.update(f"{name} {len(numbers)} ".encode())
+        digest.update(numbers.astype("<i8").tobytes())
+    return digest.hexdigest()
 
 
 def unusable_samples(reader: ShardReader) -> dict[int, str]:

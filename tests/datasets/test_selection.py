@@ -252,6 +252,22 @@ def test_a_skipped_sample_is_a_row_of_weight_zero_and_moves_nothing(spoiled, mix
         MixtureReader(spoiled, batch_size=8, max_skipped=1)
 
 
+def test_a_repaired_shard_that_a_filter_now_judges_ends_the_order(mix, tmp_path):
+    manifest = mix({"filter": {"deny": {"meta.number": [3]}}})
+    (shard, *_) = manifest.sources["big"].splits["train"]
+    whole = shard.path.read_bytes()
+    before = MixtureReader(manifest, batch_size=BATCH)
+    shard.path.write_bytes(whole[:600] + b"?" + whole[601:])
+    damaged = MixtureReader(manifest, batch_size=BATCH, max_skipped=7)
+    assert (before.selections["big"].size, damaged.selections["big"].size) == (39, 40)
+    state = damaged.state_at(2)
+    MixtureReader(manifest, batch_size=BATCH, max_skipped=7).load_state_dict(state)
+    shard.path.write_bytes(whole)
+    with pytest.raises(DataError, match="The reader's `selection` must be that of the saved state"):
+        MixtureReader(manifest, batch_size=BATCH, max_skipped=7).load_state_dict(state)
+    before.load_state_dict(MixtureReader(manifest, batch_size=BATCH, max_skipped=7).state_at(2))
+
+
 def ledger_of(reader, count=None, change=lambda batches: batches):
     ledger, reports = Ledger(reader.epoch_plan), []
     for step in range(count or reader.batches_per_epoch):
