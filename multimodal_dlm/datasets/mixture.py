@@ -310,8 +310,8 @@ class MixtureReader(IterableDataset[list[TrainingExample]]):
             if state.get(name) != own.get(name):
                 raise DataError(
                     f"The reader's `{name}` must be that of the saved state to continue its order;"
-                    f" got {own.get(name)!r} and {state.get(name)!r}. Resume with the same settings or"
-                    " start a new run."
+                    f" got {own.get(name)!r} and {state.get(name)!r}. Resume with the same settings"
+                    " or start a new run."
                 )
         theirs, ours = state.get("num_workers", 1), self._worker()[1]
         if theirs not in (1, ours):
