@@ -89,6 +89,7 @@ def run_step_plan(
     points: int = 17,
     limit: int = 256,
     seed: int = 0,
+    check_split: str | None = None,
     output: str | None = None,
     save_scheduler: str | None = None,
     device: str = "auto",
@@ -106,6 +107,8 @@ def run_step_plan(
         points: shares of known tokens at which to measure
         limit: rows at most
         seed: of the masks
+        check_split: another held-out split, on whose rows what plans lose is measured; null for
+            the prediction alone. One forward for each token of a window
         output: JSON file for the result; null writes none
         save_scheduler: folder for the pipeline's scheduler with this profile; null writes none
         device: auto, cpu, cuda, cuda:1, mps
@@ -127,6 +130,20 @@ def run_step_plan(
     )
     values = {"source": source, "split": split, "pipeline": pipeline, "seed": seed}
     values |= asdict(profile)
+    if check_split is not None:
+        from multimodal_dlm.evaluation.plan_errors import measure_plan_errors
+
+        errors = measure_plan_errors(
+            loaded,
+            held_out,
+            profile.values,
+            split=check_split,
+            task=task,
+            limit=limit,
+            seed=seed,
+            progress=lambda done, total: say(f"checked {done} of {total} batches"),
+        )
+        values["check"] = {"split": check_split, **asdict(errors)}
     write_json(output, values)
     if save_scheduler is not None:
         _with_profile(loaded.scheduler, profile.modality, profile.values).save_pretrained(
@@ -211,4 +228,27 @@ def _table(values: dict[str, Any]) -> str:
             f"  {name:<10}" + "".join(f"{row[count]:10.3f}" for count in counts)
             for name, row in values["predictions"].items()
         ]
+    if "check" in values:
+        lines += _check_lines(values["check"])
     return "\n".join(lines)
+
+
+def _check_lines(check: dict[str, Any]) -> list[str]:
+    counts = list(next(iter(check["plans"].values())))
+    return [
+        f"  measured on {check['num_rows']} rows of split {check['split']}",
+        "  steps     " + "".join(f"{count:>16}" for count in counts),
+        *(
+            f"  {name:<10}"
+            + "".join(
+                f"{row[count]['measured']:9.3f} ± {row[count]['standard_error']:.2f}"
+                for count in counts
+            )
+            for name, row in check["plans"].items()
+        ),
+        *(
+            f"  {pair['plan']} against {pair['against']}: {pair['difference']:+.3f} ±"
+            f" {pair['standard_error']:.3f} nats (predicted {pair['predicted']:+.3f})"
+            for pair in check["comparisons"]
+        ),
+    ]

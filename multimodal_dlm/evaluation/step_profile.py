@@ -85,7 +85,7 @@ def measure_step_profile(
         raise unknown_name("task", task, TASKS)
     if num_points < 2:
         raise ConfigError(f"`num_points` must be 2 or more; got {num_points}. Use 17.")
-    canvases = _canvases(pipeline, source, split, task, limit, batch_size, seed)
+    canvases = task_rows(pipeline, source, split, task, limit, batch_size, seed)
     transformer = pipeline.transformer.eval()
     generator = torch.Generator().manual_seed(seed)
     values, errors = [], []
@@ -122,16 +122,21 @@ def predicted_errors(
     """
     entropies = interpolate_profile(profile, num_tokens)
     table: dict[str, dict[str, float]] = {}
-    for count in (count for count in steps if count <= num_tokens):
-        plans = {
-            name: schedule_sizes(name, num_tokens, count)
-            for name in ("linear", "cosine", "geometric")
-        }
-        plans["planned"] = list(plan_steps(profile, num_tokens, count))
-        for name, sizes in plans.items():
-            error = parallel_error(entropies, sizes)
-            table.setdefault(name, {})[str(count)] = round(error, 4)
+    for (name, count), sizes in compared_plans(profile, num_tokens, steps).items():
+        table.setdefault(name, {})[str(count)] = round(parallel_error(entropies, sizes), 4)
     return table
+
+
+def compared_plans(
+    profile: Sequence[float], num_tokens: int, steps: Sequence[int]
+) -> dict[tuple[str, int], list[int]]:
+    """Sizes of the steps by plan and number of steps; numbers beyond `num_tokens` are left out."""
+    plans: dict[tuple[str, int], list[int]] = {}
+    for count in (count for count in steps if count <= num_tokens):
+        for name in ("linear", "cosine", "geometric"):
+            plans[name, count] = schedule_sizes(name, num_tokens, count)
+        plans["planned", count] = list(plan_steps(profile, num_tokens, count))
+    return plans
 
 
 def schedule_sizes(name: str, num_tokens: int, num_steps: int) -> list[int]:
@@ -155,7 +160,7 @@ def schedule_sizes(name: str, num_tokens: int, num_steps: int) -> list[int]:
     return sizes
 
 
-def _canvases(
+def task_rows(
     pipeline: Any,
     source: Source,
     split: str,
@@ -164,7 +169,11 @@ def _canvases(
     batch_size: int,
     seed: int,
 ) -> list[Canvas]:
-    """Clean rows of the task, in batches."""
+    """Clean rows of a task, in batches.
+
+    Raises:
+        DataError: When the split has no row for the task.
+    """
     rng = np.random.default_rng(seed)
     has_questions = task == "vqa"
     usable = (s for s in iterate_samples(source, split) if s.record.qa or not has_questions)
