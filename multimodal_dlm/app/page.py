@@ -132,7 +132,7 @@ def _draw_tab(gr: Any, studio: Studio, last: Any) -> None:
             button = gr.Button("Draw", variant="primary", elem_id="draw-button")
             gr.Examples([[text] for text in EXAMPLES], prompt, label="Examples")
             negative = _line(gr, "Move away from (may be empty)", "", "draw-negative")
-            controls = _controls(gr, steps=16, guidance=3.0, count=1)
+            controls = _controls(gr, steps=16, guidance=2.0, count=1)
         with gr.Column(scale=3, min_width=320):
             result = gr.HTML(render_empty("The picture appears here."), elem_id="draw-result")
 
@@ -184,7 +184,7 @@ def _inpaint_tab(gr: Any, studio: Studio, last: Any) -> None:
             take = gr.Button("Take the last drawn picture", size="sm", elem_id="inpaint-last")
             prompt = _line(gr, "What the whole picture shows", EXAMPLES[0], "inpaint-prompt")
             button = gr.Button("Inpaint", variant="primary", elem_id="inpaint-button")
-            controls = _controls(gr, steps=16, guidance=3.0, count=2)
+            controls = _controls(gr, steps=16, guidance=2.0, count=2)
         with gr.Column(scale=3, min_width=320):
             result = gr.HTML(render_empty("The results appear here."), elem_id="inpaint-result")
 

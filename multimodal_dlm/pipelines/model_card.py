@@ -275,7 +275,7 @@ def _sampler(pipeline: Any) -> str:
         if value not in (None, {})
     ]
     defaults = (
-        "Text-to-image and inpainting: 16 steps, guidance 3.0. Captions: 24 positions, answers: 8,"
+        "Text-to-image and inpainting: 16 steps, guidance 2.0. Captions: 24 positions, answers: 8,"
         " one step per position, guidance off. Joint: 32 steps, the caption first."
     )
     table = _table(("modality", "option", "value"), rows)

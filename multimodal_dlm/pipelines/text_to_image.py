@@ -34,7 +34,7 @@ class UnifiedTextToImagePipeline(UnifiedPipeline):
         *,
         negative_prompt: str | Sequence[str] | None = None,
         num_inference_steps: int = 16,
-        guidance_scale: float = 3.0,
+        guidance_scale: float = 2.0,
         guidance_start: float = 0.0,
         guidance_stop: float = 1.0,
         num_images_per_prompt: int = 1,
