@@ -11,6 +11,7 @@ import torch
 from multimodal_dlm.models.memory import keep_freed_memory
 
 FOLDER = Path(__file__).resolve().parents[2] / "benchmarks"
+SAMPLE = FOLDER.parent / "datasets" / "sample" / "emoji.yaml"
 TINY_STEP = [
     "--preset", "tiny", "--noise-conditioning", "none", "--rows", "4", "--micro-batch", "2",
     "--length", "12", "--steps", "1", "--memory", "--memory-vocabulary", "9000",
@@ -29,7 +30,7 @@ OPTIONS = {
         "20",
     ],
     "training_step": TINY_STEP,
-    "text_to_image": ["--batches", "1", "2", "--repeats", "1"],
+    "text_to_image": ["--batches", "1", "2", "--repeats", "1", "--steps", "2", "--curve", "1"],
     "image_to_text": ["--repeats", "1"],
     "kill_storm": ["--kills", "3", "--steps", "12"],
 }
@@ -54,7 +55,9 @@ def report(tmp_path, monkeypatch, capsys):
 
 
 def test_every_script_is_listed():
-    helpers = {"live_bytes", "reporting", "storm_run"}
+    helpers = {
+        "amused", "drawing_quality", "live_bytes", "reporting", "research_loop", "storm_run",
+    }  # fmt: skip
     scripts = {path.stem for path in FOLDER.glob("*.py")} - helpers
     assert scripts == set(OPTIONS)
     page = (FOLDER / "README.md").read_text()
@@ -108,14 +111,42 @@ def test_tokenized_reading(report, tmp_path):
 
 @pytest.mark.slow
 def test_text_to_image(report):
-    rows = report("text_to_image")["settings"]
-    assert {(row["dtype"], row["exact_cache"], row["batch"]) for row in rows} == {
-        (dtype, cache, batch)
-        for dtype in ("float32", "bfloat16")
-        for cache in (False, True)
-        for batch in (1, 2)
-    }
-    assert all(row["seconds_per_picture"] > 0 for row in rows)
+    found = report("text_to_image")
+    names = {"research_loop", "research_loop_same_dtype_and_steps", "amused"}
+    assert set(found["ratios"]) == set(found["denominators"]) == names
+    assert found["ratios"] == found["ratios_by_batch"]["2"]
+    assert {row["batch"] for row in found["seconds_per_picture"]} == {1, 2}
+    assert {row["run"] for row in found["seconds_per_picture"]} == names | {
+        "ours", "ours_default", "ours_1_steps", "amused_text_encoder",
+    }  # fmt: skip
+    assert all(row["median"] > 0 for row in found["seconds_per_picture"])
+    sizes = found["parameters"]
+    assert abs(sizes["amused_backbone"] / sizes["backbone"] - 1) < 0.02
+    for step in found["one_step"]:
+        assert step["operators"] > 100
+        assert 0.5 < sum(row["share"] for row in step["rows"]) <= 1
+
+
+@pytest.mark.slow
+def test_quality_of_drawings(report, tmp_path):
+    options = [
+        "--repeats", "0", "--quality", "--manifest", str(SAMPLE), "--limit", "6", "--batches", "4",
+        "--num-train", "24", "--candidates", "2", "--drawn", str(tmp_path / "drawn"),
+    ]  # fmt: skip
+    found = report("text_to_image", *options)["quality"]
+    assert found["prompts"] == 6
+    assert set(found["metrics"]) == set(found["drawers"]) == {
+        "research_loop", "ours_default", "bfloat16_2_cosine", "bfloat16_2_step_profile",
+    }  # fmt: skip
+    own = found["metrics"]["research_loop"]["own_at_5"]
+    assert own["is_within"]
+    assert own["difference"]["value"] == own["difference"]["low"] == own["difference"]["high"] == 0
+    kept = sorted(path.name for path in (tmp_path / "drawn" / "research_loop").iterdir())
+    assert kept == ["00000.npy", "00004.npy", "what.json"]
+    again = report("text_to_image", *options)["quality"]
+    assert again == found
+    with pytest.raises(SystemExit, match="holds other pictures"):
+        report("text_to_image", *options, "--limit", "5")
 
 
 @pytest.mark.slow
