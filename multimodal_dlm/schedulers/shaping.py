@@ -8,6 +8,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+_BLOCK = 64  # Columns summed at once when a column is drawn.
+
 
 def shape_logits(
     logits: Float[Tensor, "rows columns"],
@@ -43,14 +45,36 @@ def draw_columns(
 ) -> Int[Tensor, " rows"]:
     """Draw one column per row by inverting the cumulative distribution at u in [0, 1).
 
-    One number per token keeps the draws few and of fixed shape; the cumulative sum is float64, so
-    that thousands of columns lose nothing (arXiv 2409.02908 shows what low precision does).
+    One number per token keeps the draws few and of fixed shape; sums over many columns are float64,
+    so that thousands of them lose nothing (arXiv 2409.02908 shows what low precision does). First a
+    block of columns is found, then the column in it: only sums of blocks and one block a row take
+    float64.
     """
-    cumulative = shaped.softmax(dim=-1).to(torch.float64).cumsum(dim=-1)
+    shares = shaped.softmax(dim=-1)
+    count = shares.shape[-1]
+    num_whole = count // _BLOCK
+    whole, rest = shares.split([num_whole * _BLOCK, count - num_whole * _BLOCK], dim=-1)
+    sums = [whole.unflatten(-1, (num_whole, _BLOCK)).sum(dim=-1), rest.sum(dim=-1, keepdim=True)]
+    ends = torch.cat(sums, dim=-1).to(torch.float64).cumsum(dim=-1)
+    level = uniforms[:, None] * ends[:, -1:]
+    block = _first_above(ends, level)
+    before = torch.nn.functional.pad(ends[:, :-1], (1, 0)).gather(-1, block)
+    columns = block * _BLOCK + torch.arange(_BLOCK, device=block.device)
+    inside = shares.gather(-1, columns.clamp(max=count - 1)).masked_fill(columns >= count, 0.0)
+    place = _first_above(inside.to(torch.float64).cumsum(dim=-1), level - before)
+    return columns.gather(-1, place).squeeze(-1)
+
+
+def _first_above(
+    cumulative: Float[Tensor, "rows columns"], level: Float[Tensor, "rows 1"]
+) -> Int[Tensor, "rows 1"]:
+    """First column whose cumulative sum is above the level.
+
+    The level is kept below the total, so that a column of probability 0 at the end is never found.
+    """
     total = cumulative[:, -1:]
-    # Below the total, so that a column of probability zero at the end is never reached.
-    level = torch.minimum(uniforms[:, None] * total, torch.nextafter(total, total.new_zeros(())))
-    return torch.searchsorted(cumulative, level, right=True).squeeze(-1)
+    level = torch.minimum(level, torch.nextafter(total, total.new_zeros(())))
+    return torch.searchsorted(cumulative, level, right=True)
 
 
 def gumbel_noise(uniforms: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:

@@ -55,6 +55,24 @@ def test_draws_invert_the_cumulative_distribution():
     assert draw_columns(logits, numbers).tolist() == [1, 1, 3, 3, 4, 4]
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("count", [1, 2, 63, 64, 65, 128, 200, 2560])
+def test_draws_by_blocks_are_those_of_one_long_sum(count, dtype):
+    generator = torch.Generator().manual_seed(count)
+    logits = torch.randn(500, count, generator=generator, dtype=dtype) * 3
+    logits[:, ::3] = -math.inf
+    logits[:, count // 2] = 0.0  # One column at least.
+    numbers = torch.rand(500, dtype=torch.float64, generator=generator)
+    numbers[:2] = torch.tensor([0.0, 1 - 2.0**-53], dtype=torch.float64)
+    cumulative = logits.double().softmax(dim=-1).cumsum(dim=-1)
+    level = (numbers[:, None] * cumulative[:, -1:]).clamp(max=1 - 1e-9)
+    expected = torch.searchsorted(cumulative, level, right=True).squeeze(-1)
+    drawn = draw_columns(logits, numbers)
+    assert bool(logits.gather(-1, drawn[:, None]).isfinite().all())
+    assert torch.equal(drawn[2:], expected[2:])
+    assert drawn[0] == logits[0].isfinite().nonzero()[0]
+
+
 def test_draws_follow_the_distribution():
     logits = torch.tensor([0.0, 1.0, -1.0, 2.0])
     count = 20_000
