@@ -58,7 +58,7 @@ class Checked:
 
 def make_canvas(vocabulary, order, lengths=(5, 3, 4), *, modality="text"):
     """Rows of a known condition of some length and a masked answer, orders as given."""
-    rows, total = len(lengths), CONDITION + ANSWER
+    rows, total = len(lengths), CONDITION + len(order)
     index = torch.arange(total).expand(rows, total)
     is_answer = index >= CONDITION
     is_padding = ~is_answer & (index >= torch.tensor(lengths)[:, None])
