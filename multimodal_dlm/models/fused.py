@@ -29,15 +29,19 @@ def plain_functions() -> Iterator[None]:
         _IS_PLAIN.reset(token)
 
 
-def use_fused(hidden_states: Tensor) -> bool:
-    """True where the fused functions pay: bf16 on the CPU, with gradients, not being compiled."""
+def may_replace(hidden_states: Tensor) -> bool:
+    """True where plain PyTorch may be replaced: bf16 on the CPU, not being compiled."""
     return (
         not _IS_PLAIN.get()
         and hidden_states.dtype == torch.bfloat16
         and hidden_states.device.type == "cpu"
-        and torch.is_grad_enabled()
         and not torch.compiler.is_compiling()
     )
+
+
+def use_fused(hidden_states: Tensor) -> bool:
+    """True where the fused functions of this module pay: as above, with gradients."""
+    return torch.is_grad_enabled() and may_replace(hidden_states)
 
 
 def _pick(table: Tensor, rows: Tensor) -> Tensor:
@@ -254,12 +258,15 @@ class WideLinear(Function):
 
 
 def is_bare_linear(layer: nn.Module) -> bool:
-    """True for an `nn.Linear` that is only its weight: no bias, adapter, quantisation or hook."""
+    """True for an `nn.Linear` that is only its weight: no bias, adapter, quantisation or hook.
+
+    Where gradients are wanted the weight must want one: they always compute it.
+    """
     return (
         type(layer) is nn.Linear
         and layer.bias is None
         and type(layer.weight) is nn.Parameter
-        and layer.weight.requires_grad
+        and (layer.weight.requires_grad or not torch.is_grad_enabled())
         and is_unhooked(layer)
     )
 

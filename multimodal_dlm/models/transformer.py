@@ -41,7 +41,12 @@ from multimodal_dlm.models.cache_base import (
 from multimodal_dlm.models.caches import CACHE_CONFIGS, CacheChoice
 from multimodal_dlm.models.fused import is_unhooked
 from multimodal_dlm.models.layers import RMSNorm, SwiGLU, add_gated
-from multimodal_dlm.models.native.functions import can_run, gated_attention, gated_mlp
+from multimodal_dlm.models.native.functions import (
+    PackedWeights,
+    can_run,
+    gated_attention,
+    gated_mlp,
+)
 from multimodal_dlm.models.noise_conditioning import Gating, Modulation, NoiseConditioning
 from multimodal_dlm.models.positions import Rotary, check_axes, rotary_tables
 from multimodal_dlm.vocabulary import UnifiedVocabulary
@@ -76,6 +81,7 @@ class UnifiedTransformerBlock(nn.Module):
         self.norm2 = RMSNorm(hidden_size, eps)
         self.mlp = SwiGLU(hidden_size, intermediate_size)
         self.scale_shift_table = nn.Parameter(torch.zeros(6, hidden_size)) if modulated else None
+        self._packed = PackedWeights(), PackedWeights()
 
     def forward(
         self,
@@ -101,7 +107,7 @@ class UnifiedTransformerBlock(nn.Module):
         ):
             tables, bias = self.norm1.tables(hidden_states, first), plan.bias(hidden_states.dtype)
             hidden_states = gated_attention(
-                hidden_states, tables, layers, self.norm1.eps, rotary, bias
+                hidden_states, tables, layers, self.norm1.eps, rotary, bias, self._packed[0]
             )
         else:
             attended = attn(self.norm1(hidden_states, first), rotary, plan, kv_cache)
@@ -115,7 +121,7 @@ class UnifiedTransformerBlock(nn.Module):
         is_alone = is_unhooked(self.mlp) and is_unhooked(self.norm2)
         if is_alone and can_run(hidden_states, layers, *sizes):
             tables = self.norm2.tables(hidden_states, gating)
-            return gated_mlp(hidden_states, tables, layers, self.norm2.eps)
+            return gated_mlp(hidden_states, tables, layers, self.norm2.eps, self._packed[1])
         return add_gated(hidden_states, self.mlp(self.norm2(hidden_states, gating)), gating)
 
 

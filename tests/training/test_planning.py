@@ -10,9 +10,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from multimodal_dlm import cli
 from multimodal_dlm.diffusion.losses import token_nll
 from multimodal_dlm.errors import ConfigError
-from multimodal_dlm.models import attention, fused, layers
 from multimodal_dlm.models.attention_plan import AttentionPlan
-from multimodal_dlm.models.native import functions
+from multimodal_dlm.models.fused import plain_functions
 from multimodal_dlm.models.presets import PRESETS, get_preset
 from multimodal_dlm.models.transformer import UnifiedTransformerModel
 from multimodal_dlm.training.config import load_train_config
@@ -137,11 +136,11 @@ def test_memory_is_what_pytorch_keeps(preset, options, checkpointing):
 
 
 @pytest.mark.parametrize("preset", ["tiny"])
-def test_memory_in_bf16_is_what_pytorch_keeps(preset, monkeypatch):
-    for module in (attention, fused, layers, functions):  # The plain path, which every GPU takes.
-        monkeypatch.setattr(module, "use_fused", lambda _: False)
+def test_memory_in_bf16_is_what_pytorch_keeps(preset):
     step = Step(preset, OPTIONS["modulated"], bf16=True)
-    assert measure(step) == pytest.approx(planned_bytes(step, False), rel=0.1)
+    with plain_functions():  # The plain path, which every GPU takes.
+        found = measure(step)
+    assert found == pytest.approx(planned_bytes(step, False), rel=0.1)
 
 
 def measure(step: Step) -> int:

@@ -1,6 +1,6 @@
-"""C++ kernels for bf16 training on CPUs with AMX tiles, compiled on first use.
+"""C++ kernels for bf16 on CPUs with AMX tiles, in training and inference, compiled on first use.
 
-Nothing is compiled or loaded at import. The first training step that could use the kernels asks
+Nothing is compiled or loaded at import. The first forward that could use the kernels asks
 `kernels()`, which compiles the sources of this folder with the C++ compiler of the machine (a few
 seconds; no header of PyTorch is needed), keeps the library in the user's cache folder, and
 registers its functions as PyTorch operators, FLOP formulas included. Where that is impossible it
@@ -71,13 +71,13 @@ def kernels() -> Kernels | None:
         logger.info("Native kernels are switched off by %s=0.", SWITCH)
         return None
     if not (torch.cpu._is_amx_tile_supported() and torch.cpu._is_avx512_bf16_supported()):
-        logger.info("Native kernels need a CPU with AMX tiles; training uses PyTorch's kernels.")
+        logger.info("Native kernels need a CPU with AMX tiles; PyTorch's kernels run instead.")
         return None
     try:
         library = Kernels(_compiled())
     except (OSError, RuntimeError, subprocess.SubprocessError) as error:
         detail = getattr(error, "stderr", None) or error
-        logger.warning("Native kernels are left out, PyTorch's train instead: %s", detail)
+        logger.warning("Native kernels are left out, PyTorch's run instead: %s", detail)
         return None
     torch.cpu._init_amx()
     return library

@@ -1,6 +1,6 @@
 // out = x + gate[level] x to_out(attention(to_qkv(norm(x) factor[level] + shift[level]))), with
 // rotary positions: softmax(rotary(q) rotary(k)^T / sqrt(dim) + bias) v. One thread does one row of
-// the batch at a time; its scores never leave the cache.
+// the batch at a time, or some of its heads; scores never leave the cache.
 #include "rows.h"
 
 #include <new>
@@ -203,42 +203,74 @@ extern "C" int64_t attention_forward(
         arena.take<float>(std::max(n * EDGE * dim, std::max(EDGE * keys, n * EDGE * (width + 16))))};
   if (workspace == nullptr) return arena.used();
   const Half h{x, factor, shift, gate, rows, scales, width, eps};
-  parallel(batch, threads, [&](int64_t thread, int64_t begin, int64_t end) {
-    const Local& own = locals[thread];
-    for (int64_t b = begin; b < end; ++b) {
-      const bf16* row_bias = bias == nullptr ? nullptr : bias + b * length * length;
-      for (int64_t r = 0; r < keys; ++r)
-        normalise(h, b * length + r, r < length, false, own.normed + r / EDGE * w * BLOCK, r % EDGE);
-      for (int64_t part = 0; part < 3; ++part)
-        for (int64_t head = 0; head < heads; ++head) {
-          const bf16* panels = in_panels + (part * inner + head * d) * w * BLOCK;
-          multiply_strips(own.normed, n, panels, d, w, own.c, dim);
-          for (int64_t s = 0; s < n; ++s) {
-            const int64_t angle = part == 2 ? 0 : (b * length + s * EDGE) * dim;
-            rotate(
-                own.c + s * EDGE * dim, part == 2 ? nullptr : cos + angle, sin + angle,
-                length - s * EDGE, dim, 1, head_at(saved, z, b, head, part, s));
-          }
-        }
-      for (int64_t head = 0; head < heads; ++head) {
-        columns_to_panels(head_at(saved, z, b, head, 1, 0), n, d, own.keys_panel);
-        rows_to_panels(head_at(saved, z, b, head, 2, 0), n, d, own.value_rows);
-        for (int64_t s = 0; s < n; ++s) {
-          multiply_strips(
-              head_at(saved, z, b, head, 0, s), 1, own.keys_panel, n, d, own.c, keys);
-          softmax(
-              own.c, row_bias == nullptr ? nullptr : row_bias + s * EDGE * length,
-              length - s * EDGE, length, keys, z.scale(), own.weights,
-              logsumexp + (b * heads + head) * keys + s * EDGE);
-          multiply_strips(own.weights, 1, own.value_rows, d, n, own.c, dim);
-          narrow_strip(own.c, dim, attended + ((b * n + s) * inner + head * d) * BLOCK);
-        }
-      }
-      const int64_t stride = width + 16;
-      multiply_strips(attended + b * n * inner * BLOCK, n, out_panels, w, inner, own.c, stride);
-      for (int64_t r = 0; r < length; ++r)
-        add_gated(h, b * length + r, own.c + r * stride, update, out);
+  const int64_t stride = width + 16;
+
+  // The steps of one row of the batch, whose heads are kept at `slot`.
+  const bool is_kept = update != nullptr;  // for backward: each row has a slot of its own
+  const auto normalise_row = [&](int64_t thread, int64_t b) {
+    Half own = h;
+    if (!is_kept) own.scales += thread * batch * length;
+    bf16* normed = locals[thread].normed;
+    for (int64_t r = 0; r < keys; ++r)
+      normalise(own, b * length + r, r < length, false, normed + r / EDGE * w * BLOCK, r % EDGE);
+  };
+  const auto project = [&](const Local& own, int64_t b, int64_t slot, int64_t part, int64_t head) {
+    multiply_strips(
+        own.normed, n, in_panels + (part * inner + head * d) * w * BLOCK, d, w, own.c, dim);
+    for (int64_t s = 0; s < n; ++s) {
+      const int64_t angle = part == 2 ? 0 : (b * length + s * EDGE) * dim;
+      rotate(
+          own.c + s * EDGE * dim, part == 2 ? nullptr : cos + angle, sin + angle,
+          length - s * EDGE, dim, 1, head_at(saved, z, slot, head, part, s));
     }
+  };
+  const auto attend = [&](const Local& own, int64_t b, int64_t slot, int64_t head) {
+    const bf16* row_bias = bias == nullptr ? nullptr : bias + b * length * length;
+    columns_to_panels(head_at(saved, z, slot, head, 1, 0), n, d, own.keys_panel);
+    rows_to_panels(head_at(saved, z, slot, head, 2, 0), n, d, own.value_rows);
+    for (int64_t s = 0; s < n; ++s) {
+      multiply_strips(head_at(saved, z, slot, head, 0, s), 1, own.keys_panel, n, d, own.c, keys);
+      softmax(
+          own.c, row_bias == nullptr ? nullptr : row_bias + s * EDGE * length, length - s * EDGE,
+          length, keys, z.scale(), own.weights,
+          logsumexp + (slot * heads + head) * keys + s * EDGE);
+      multiply_strips(own.weights, 1, own.value_rows, d, n, own.c, dim);
+      narrow_strip(own.c, dim, attended + ((slot * n + s) * inner + head * d) * BLOCK);
+    }
+  };
+  const auto add = [&](const Local& own, int64_t b, int64_t slot, int64_t first, int64_t count) {
+    const bf16* strips = attended + (slot * n + first) * inner * BLOCK;
+    multiply_strips(strips, count, out_panels, w, inner, own.c, stride);
+    for (int64_t r = 0; r < std::min(count * EDGE, length - first * EDGE); ++r)
+      add_gated(h, b * length + first * EDGE + r, own.c + r * stride, update, out);
+  };
+
+  if (is_kept || batch >= threads) {
+    parallel(batch, threads, [&](int64_t thread, int64_t begin, int64_t end) {
+      const Local& own = locals[thread];
+      for (int64_t b = begin; b < end; ++b) {
+        const int64_t slot = is_kept ? b : thread;
+        normalise_row(thread, b);
+        for (int64_t i = 0; i < 3 * heads; ++i) project(own, b, slot, i / heads, i % heads);
+        for (int64_t head = 0; head < heads; ++head) attend(own, b, slot, head);
+        add(own, b, slot, 0, n);
+      }
+    });
+    return 0;
+  }
+  // Fewer rows than threads: these share the heads, then the strips, of each row.
+  parallel(batch * 3 * heads, threads, [&](int64_t thread, int64_t begin, int64_t end) {
+    for (int64_t i = begin, known = -1; i < end; ++i) {
+      const int64_t b = i / (3 * heads), rest = i % (3 * heads);
+      if (b != known) normalise_row(thread, known = b);
+      project(locals[thread], b, b, rest / heads, rest % heads);
+    }
+  });
+  parallel(batch * heads, threads, [&](int64_t thread, int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) attend(locals[thread], i / heads, i / heads, i % heads);
+  });
+  parallel(batch * n, threads, [&](int64_t thread, int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) add(locals[thread], i / n, i / n, i % n, 1);
   });
   return 0;
 }

@@ -1,4 +1,4 @@
-"""The two halves of a transformer block as autograd functions over the native kernels.
+"""The two halves of a transformer block over the native kernels, with and without gradients.
 
 Activations are read and written once for each half: the norm is applied while a product's left
 matrix is laid out, SwiGLU, rotary, gate and residual while its result leaves the tiles, and the
@@ -20,11 +20,13 @@ from torch.autograd.function import once_differentiable
 from torch.library import custom_op
 from torch.utils.flop_counter import register_flop_formula
 
-from multimodal_dlm.models.fused import is_bare_linear, use_fused
+from multimodal_dlm.models.fused import is_bare_linear, may_replace
 from multimodal_dlm.models.native import MAX_THREADS, Kernels, kernels
 from multimodal_dlm.models.positions import Rotary
 
 EDGE = 32
+MAX_KEPT = 2**24  # Values of a weight.
+NUM_SAMPLED = 64  # Values by which a change of a weight is noticed.
 
 
 class Tables(NamedTuple):
@@ -59,12 +61,64 @@ def _strips(size: int) -> int:
 
 def pack(weight: Float[Tensor, "out inner"]) -> tuple[Tensor, Tensor]:
     """The weight in bf16, laid out for x W^T and for x W."""
+    backward = torch.empty(weight.shape, dtype=torch.bfloat16)
+    return pack_forward(weight, backward), backward
+
+
+def pack_forward(weight: Float[Tensor, "out inner"], backward: Tensor | None = None) -> Tensor:
+    """The weight in bf16, laid out for x W^T, and into `backward` for x W."""
     weight = weight.detach().contiguous()
     forward = torch.empty(weight.shape, dtype=torch.bfloat16)
-    backward = torch.empty_like(forward)
     name = "pack_float" if weight.dtype == torch.float32 else "pack_bf16"
     _library()(name, weight, forward, backward, *weight.shape, _threads())
-    return forward, backward
+    return forward
+
+
+def can_keep(weight: Tensor) -> bool:
+    """True for a weight small enough to be kept in a second layout: 32 MiB of bf16 at most."""
+    return weight.numel() <= MAX_KEPT
+
+
+class _Packed(NamedTuple):
+    version: int
+    pointer: int
+    sample: Tensor  # A view of the weight: while it lives no other tensor has the storage.
+    sampled: Tensor
+    panels: Tensor
+
+
+class PackedWeights:
+    """Weights of one half of a block as the kernels read them, kept between forwards.
+
+    A weight counts as unchanged while its storage, its version and a sample of its values are the
+    same: PyTorch counts no changes through `.data`, such as merged adapters. Copies of a model and
+    pickles begin with none.
+    """
+
+    def __init__(self) -> None:
+        self._kept: dict[int, _Packed] = {}
+
+    def __call__(self, weights: Sequence[Tensor]) -> list[Tensor]:
+        """The weights laid out for x W^T, always asked for in the same order."""
+        return [self._panels(place, weight) for place, weight in enumerate(weights)]
+
+    def _panels(self, place: int, weight: Tensor) -> Tensor:
+        kept = self._kept.get(place)
+        version = 0 if weight.is_inference() else weight._version
+        if (
+            kept is None
+            or (kept.version, kept.pointer) != (version, weight.data_ptr())
+            or kept.sample.dtype != weight.dtype
+            or not torch.equal(kept.sample, kept.sampled)
+        ):
+            flat = weight.detach().contiguous().view(-1)
+            sample = flat[:: max(1, flat.numel() // NUM_SAMPLED)]
+            kept = _Packed(version, weight.data_ptr(), sample, sample.clone(), pack_forward(weight))
+            self._kept[place] = kept
+        return kept.panels
+
+    def __reduce__(self) -> tuple[type["PackedWeights"], tuple[()]]:
+        return PackedWeights, ()
 
 
 @custom_op("multimodal_dlm::mlp_forward", mutates_args=(), device_types="cpu")
@@ -143,12 +197,49 @@ def attention_backward(
     return dx, tables, d_in, d_out
 
 
+@custom_op("multimodal_dlm::mlp_inference", mutates_args=(), device_types="cpu")
+def mlp_inference(
+    x: Tensor, factor: Tensor, shift: Tensor, gate: Tensor, rows: Tensor,
+    w_in: Tensor, w_out: Tensor, eps: float,
+) -> Tensor:  # fmt: skip
+    """The first result of `mlp_forward` alone."""
+    tokens, width = x.shape
+    out, scales = torch.empty_like(x), torch.empty(tokens, dtype=torch.float32)
+    _library().with_workspace(
+        "mlp_forward", x, factor, shift, gate, rows, w_in, w_out, out, scales, None, None,
+        tokens, width, w_out.shape[1], eps, _threads(),
+    )  # fmt: skip
+    return out
+
+
+@custom_op("multimodal_dlm::attention_inference", mutates_args=(), device_types="cpu")
+def attention_inference(
+    x: Tensor, factor: Tensor, shift: Tensor, gate: Tensor, rows: Tensor,
+    w_in: Tensor, w_out: Tensor, cos: Tensor, sin: Tensor, bias: Tensor | None, eps: float,
+) -> Tensor:  # fmt: skip
+    """The first result of `attention_forward` alone."""
+    batch, length, width = x.shape
+    dim, inner, threads = cos.shape[-1], w_out.shape[1], _threads()
+    padded, slots = _strips(length), min(batch, threads)
+    out = torch.empty_like(x)
+    scales = torch.empty(threads * batch * length, dtype=torch.float32)
+    heads = x.new_empty(slots, padded, 3 * inner), x.new_empty(slots, padded, inner)
+    logsumexp = scales.new_empty(slots, inner // dim, padded)
+    _library().with_workspace(
+        "attention_forward", x, factor, shift, gate, rows, w_in, w_out, cos, sin, bias, out, scales,
+        *heads, logsumexp, None, batch, length, width, inner // dim, dim, eps, threads,
+    )  # fmt: skip
+    return out
+
+
 def _linear_flops(x: Sequence[int], *weights: Sequence[int]) -> int:
     """Of x W^T for each weight; x is (..., width)."""
     return 2 * math.prod(x[:-1]) * sum(math.prod(weight) for weight in weights)
 
 
-@register_flop_formula(torch.ops.multimodal_dlm.mlp_forward)
+@register_flop_formula(
+    [torch.ops.multimodal_dlm.mlp_forward, torch.ops.multimodal_dlm.mlp_inference]
+)
 def _mlp_flops(x: Any, *shapes: Any, **_: Any) -> int:
     return _linear_flops(x, shapes[4], shapes[5])
 
@@ -158,7 +249,9 @@ def _mlp_backward_flops(grad: Any, x: Any, *shapes: Any, **_: Any) -> int:
     return 2 * _linear_flops(x, shapes[4], shapes[5])
 
 
-@register_flop_formula(torch.ops.multimodal_dlm.attention_forward)
+@register_flop_formula(
+    [torch.ops.multimodal_dlm.attention_forward, torch.ops.multimodal_dlm.attention_inference]
+)
 def _attention_flops(x: Any, *shapes: Any, **_: Any) -> int:
     """Scores and their product with the values."""
     attention = 2 * 2 * x[0] * x[1] * x[1] * shapes[5][1]
@@ -243,16 +336,18 @@ def can_run(hidden_states: Tensor, layers: tuple[nn.Module, ...], *sizes: int) -
     """True where a half of a block may run natively.
 
     Args:
-        hidden_states: Its input; in bf16 on the CPU, with gradients.
-        layers: Its linear layers, which must be only their weights, in float32 or bf16.
+        hidden_states: Its input; in bf16 on the CPU.
+        layers: Its linear layers, which must be only their weights, in float32 or bf16; without
+            gradients also small enough to be kept a second time.
         sizes: Widths that must be whole blocks.
     """
     return (
-        use_fused(hidden_states)
+        may_replace(hidden_states)
         and all(size % EDGE == 0 for size in sizes)
         and all(is_bare_linear(layer) for layer in layers)
         and all(layer.weight.dtype in (torch.float32, torch.bfloat16) for layer in layers)
         and all(layer.weight.device.type == "cpu" for layer in layers)
+        and (torch.is_grad_enabled() or all(can_keep(layer.weight) for layer in layers))
         and kernels() is not None
     )
 
@@ -262,11 +357,14 @@ def gated_mlp(
     tables: Tables,
     layers: tuple[nn.Module, nn.Module],
     eps: float,
+    packed: PackedWeights,
 ) -> Float[Tensor, "batch length width"]:
     """The second half of a block; `layers` are gate_up and down."""
     weights = [layer.weight for layer in layers]
     flat = hidden_states.contiguous().flatten(0, 1)
-    return GatedMLP.apply(flat, *tables, *weights, eps).view_as(hidden_states)
+    if torch.is_grad_enabled():
+        return GatedMLP.apply(flat, *tables, *weights, eps).view_as(hidden_states)
+    return mlp_inference(flat, *tables, *packed(weights), eps).view_as(hidden_states)
 
 
 def gated_attention(
@@ -276,9 +374,11 @@ def gated_attention(
     eps: float,
     rotary: Rotary,
     bias: Float[Tensor, "batch 1 length length"] | None,
+    packed: PackedWeights,
 ) -> Float[Tensor, "batch length width"]:
     """The first half of a block; `layers` are to_qkv and to_out."""
     weights = [layer.weight for layer in layers]
-    return GatedAttention.apply(
-        hidden_states.contiguous(), *tables, *weights, rotary.cos, rotary.sin, bias, eps
-    )
+    states, turns = hidden_states.contiguous(), (rotary.cos, rotary.sin, bias)
+    if torch.is_grad_enabled():
+        return GatedAttention.apply(states, *tables, *weights, *turns, eps)
+    return attention_inference(states, *tables, *packed(weights), *turns, eps)

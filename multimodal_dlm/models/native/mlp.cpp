@@ -15,15 +15,17 @@ inline std::pair<int64_t, int64_t> place_of(int64_t i, int64_t columns, int64_t 
   return {first + rest % wide, rest / wide};
 }
 
-// Row `r` of a block of silu(g) u; keeps (g, u).
+// Row `r` of a block of silu(g) u; keeps (g, u) if there is a place for them.
 inline void swiglu(const float* gate, const float* up, bf16* saved, bf16* active, int64_t r) {
   const int64_t i = r * EDGE;
   const auto value = [&](int64_t k) {
     const __m512 g = _mm512_loadu_ps(gate + k);
     return _mm512_mul_ps(_mm512_mul_ps(g, sigmoid(g)), _mm512_loadu_ps(up + k));
   };
-  stream(saved + i, _mm512_loadu_ps(gate + i), _mm512_loadu_ps(gate + i + 16));
-  stream(saved + BLOCK + i, _mm512_loadu_ps(up + i), _mm512_loadu_ps(up + i + 16));
+  if (saved != nullptr) {
+    stream(saved + i, _mm512_loadu_ps(gate + i), _mm512_loadu_ps(gate + i + 16));
+    stream(saved + BLOCK + i, _mm512_loadu_ps(up + i), _mm512_loadu_ps(up + i + 16));
+  }
   narrow(active + i, value(i), value(i + 16));
 }
 
@@ -68,10 +70,11 @@ extern "C" int64_t mlp_forward(
   if (workspace == nullptr) return arena.used();
   const Half h{x, factor, shift, gate, rows, scales, width, eps};
   const int64_t strips = blocks(tokens);
-  parallel((strips + STRIPS - 1) / STRIPS, threads, [&](int64_t thread, int64_t begin, int64_t end) {
+  const int64_t group = std::min(STRIPS, (strips + threads - 1) / threads);
+  parallel((strips + group - 1) / group, threads, [&](int64_t thread, int64_t begin, int64_t end) {
     const Local& own = locals[thread];
-    for (int64_t first = begin * STRIPS; first < std::min(end * STRIPS, strips); first += STRIPS) {
-      const int64_t count = std::min(STRIPS, strips - first), from = first * EDGE;
+    for (int64_t first = begin * group; first < std::min(end * group, strips); first += group) {
+      const int64_t count = std::min(group, strips - first), from = first * EDGE;
       for (int64_t r = 0; r < count * EDGE; ++r)
         normalise(
             h, from + r, from + r < tokens, false, own.normed + r / EDGE * w * BLOCK, r % EDGE);
@@ -80,7 +83,7 @@ extern "C" int64_t mlp_forward(
         const bf16* strip = own.normed + s * w * BLOCK;
         multiply(strip, in_panels + j * w * BLOCK, own.gate, EDGE, w, false);
         multiply(strip, in_panels + (f + j) * w * BLOCK, own.up, EDGE, w, false);
-        bf16* keep = saved + ((first + s) * f + j) * 2 * BLOCK;
+        bf16* keep = saved == nullptr ? nullptr : saved + ((first + s) * f + j) * 2 * BLOCK;
         for (int64_t r = 0; r < EDGE; ++r)
           swiglu(own.gate, own.up, keep, own.active + (s * f + j) * BLOCK, r);
       }
@@ -163,7 +166,8 @@ extern "C" int64_t mlp_backward(
   return 0;
 }
 
-// A weight (rows, columns) in bf16 panels: for x W^T (depth along columns) and x W (along rows).
+// A weight (rows, columns) in bf16 panels: for x W^T (depth along columns) and, unless that place is
+// null, for x W (along rows).
 template <class Value>
 static void pack(const Value* weight, bf16* forward, bf16* backward, int64_t rows, int64_t columns, int64_t threads) {
   const int64_t n_blocks = rows / EDGE, k_blocks = columns / EDGE;
@@ -179,7 +183,7 @@ static void pack(const Value* weight, bf16* forward, bf16* backward, int64_t row
             _mm512_store_si512(block + r * EDGE, _mm512_loadu_si512(from));
         }
         columns_to_panel(block, forward + (n * k_blocks + k) * BLOCK);
-        interleave(block, backward + (k * n_blocks + n) * BLOCK);
+        if (backward != nullptr) interleave(block, backward + (k * n_blocks + n) * BLOCK);
       }
   });
 }

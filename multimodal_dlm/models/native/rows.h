@@ -88,13 +88,13 @@ inline void normalise_backward(
   for (int64_t k = 0; k < h.width; k += EDGE) narrow(dx + at + k, value(k), value(k + 16));
 }
 
-// out = x + c x gate of a token; c is kept as its update.
+// out = x + c x gate of a token; c is kept as its update if there is a place for it.
 inline void add_gated(const Half& h, int64_t token, const float* c, bf16* update, bf16* out) {
   const int64_t at = token * h.width;
   const float* gate = h.gate + h.rows[token] * h.width;
   for (int64_t k = 0; k < h.width; k += EDGE) {
     const __m512 low = _mm512_loadu_ps(c + k), high = _mm512_loadu_ps(c + k + 16);
-    stream(update + at + k, low, high);
+    if (update != nullptr) stream(update + at + k, low, high);
     narrow(
         out + at + k, _mm512_fmadd_ps(low, _mm512_loadu_ps(gate + k), widen(h.x + at + k)),
         _mm512_fmadd_ps(high, _mm512_loadu_ps(gate + k + 16), widen(h.x + at + k + 16)));
