@@ -238,13 +238,6 @@ extern "C" int64_t attention_forward(
       narrow_strip(own.c, dim, attended + ((slot * n + s) * inner + head * d) * BLOCK);
     }
   };
-  const auto add = [&](const Local& own, int64_t b, int64_t slot, int64_t first, int64_t count) {
-    const bf16* strips = attended + (slot * n + first) * inner * BLOCK;
-    multiply_strips(strips, count, out_panels, w, inner, own.c, stride);
-    for (int64_t r = 0; r < std::min(count * EDGE, length - first * EDGE); ++r)
-      add_gated(h, b * length + first * EDGE + r, own.c + r * stride, update, out);
-  };
-
   if (is_kept || batch >= threads) {
     parallel(batch, threads, [&](int64_t thread, int64_t begin, int64_t end) {
       const Local& own = locals[thread];
@@ -253,12 +246,14 @@ extern "C" int64_t attention_forward(
         normalise_row(thread, b);
         for (int64_t i = 0; i < 3 * heads; ++i) project(own, b, slot, i / heads, i % heads);
         for (int64_t head = 0; head < heads; ++head) attend(own, b, slot, head);
-        add(own, b, slot, 0, n);
+        multiply_strips(attended + slot * n * inner * BLOCK, n, out_panels, w, inner, own.c, stride);
+        for (int64_t r = 0; r < length; ++r)
+          add_gated(h, b * length + r, own.c + r * stride, update, out, 0, width);
       }
     });
     return 0;
   }
-  // Fewer rows than threads: these share the heads, then the strips, of each row.
+  // Fewer rows than threads: these share the heads, then the columns, of each row.
   parallel(batch * 3 * heads, threads, [&](int64_t thread, int64_t begin, int64_t end) {
     for (int64_t i = begin, known = -1; i < end; ++i) {
       const int64_t b = i / (3 * heads), rest = i % (3 * heads);
@@ -269,8 +264,16 @@ extern "C" int64_t attention_forward(
   parallel(batch * heads, threads, [&](int64_t thread, int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) attend(locals[thread], i / heads, i / heads, i % heads);
   });
-  parallel(batch * n, threads, [&](int64_t thread, int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i) add(locals[thread], i / n, i / n, i % n, 1);
+  parallel(w * batch * n, threads, [&](int64_t thread, int64_t begin, int64_t end) {
+    float* c = locals[thread].c;
+    for (int64_t i = begin; i < end; ++i) {
+      const int64_t column = i / (batch * n), strip = i % (batch * n), from = strip % n * EDGE;
+      multiply(
+          attended + strip * inner * BLOCK, out_panels + column * inner * BLOCK, c, EDGE, inner, false);
+      for (int64_t r = 0; r < std::min(EDGE, length - from); ++r)
+        add_gated(
+            h, strip / n * length + from + r, c + r * EDGE, nullptr, out, column * EDGE, EDGE);
+    }
   });
   return 0;
 }

@@ -332,6 +332,10 @@ class GatedAttention(Function):
         return dx, *tables.unbind(), None, *weights, None, None, None, None
 
 
+def _weights(layers: Sequence[Any]) -> list[Tensor]:
+    return [layer.weight for layer in layers]
+
+
 def can_run(hidden_states: Tensor, layers: tuple[nn.Module, ...], *sizes: int) -> bool:
     """True where a half of a block may run natively.
 
@@ -347,7 +351,7 @@ def can_run(hidden_states: Tensor, layers: tuple[nn.Module, ...], *sizes: int) -
         and all(is_bare_linear(layer) for layer in layers)
         and all(layer.weight.dtype in (torch.float32, torch.bfloat16) for layer in layers)
         and all(layer.weight.device.type == "cpu" for layer in layers)
-        and (torch.is_grad_enabled() or all(can_keep(layer.weight) for layer in layers))
+        and (torch.is_grad_enabled() or all(map(can_keep, _weights(layers))))
         and kernels() is not None
     )
 
@@ -360,7 +364,7 @@ def gated_mlp(
     packed: PackedWeights,
 ) -> Float[Tensor, "batch length width"]:
     """The second half of a block; `layers` are gate_up and down."""
-    weights = [layer.weight for layer in layers]
+    weights = _weights(layers)
     flat = hidden_states.contiguous().flatten(0, 1)
     if torch.is_grad_enabled():
         return GatedMLP.apply(flat, *tables, *weights, eps).view_as(hidden_states)
@@ -377,7 +381,7 @@ def gated_attention(
     packed: PackedWeights,
 ) -> Float[Tensor, "batch length width"]:
     """The first half of a block; `layers` are to_qkv and to_out."""
-    weights = [layer.weight for layer in layers]
+    weights = _weights(layers)
     states, turns = hidden_states.contiguous(), (rotary.cos, rotary.sin, bias)
     if torch.is_grad_enabled():
         return GatedAttention.apply(states, *tables, *weights, *turns, eps)

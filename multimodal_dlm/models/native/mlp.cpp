@@ -6,6 +6,7 @@
 namespace {
 
 constexpr int64_t STRIPS = 8;  // strips of a thread that share the panels in its second cache
+constexpr int64_t FEW = 4;  // with fewer strips for each thread, threads share the columns instead
 constexpr int64_t KEPT = 16;  // token blocks for each thread that the weight gradients take at once
 
 // Column block and strip of product `i`: WIDE columns of one strip after another.
@@ -67,14 +68,43 @@ extern "C" int64_t mlp_forward(
         arena.take<bf16>(STRIPS * w * BLOCK), arena.take<bf16>(STRIPS * f * BLOCK),
         arena.take<float>(BLOCK), arena.take<float>(BLOCK),
         arena.take<float>(STRIPS * EDGE * stride)};
+  const int64_t strips = blocks(tokens);
+  const bool is_shared = saved == nullptr && strips < FEW * threads;
+  bf16* normed = arena.take<bf16>(is_shared ? strips * w * BLOCK : 0);
+  bf16* active = arena.take<bf16>(is_shared ? strips * f * BLOCK : 0);
   if (workspace == nullptr) return arena.used();
   const Half h{x, factor, shift, gate, rows, scales, width, eps};
-  const int64_t strips = blocks(tokens);
-  const int64_t group = std::min(STRIPS, (strips + threads - 1) / threads);
-  parallel((strips + group - 1) / group, threads, [&](int64_t thread, int64_t begin, int64_t end) {
+  if (is_shared) {
+    parallel(tokens, threads, [&](int64_t, int64_t begin, int64_t end) {
+      const int64_t last = end == tokens ? strips * EDGE : end;
+      for (int64_t t = begin; t < last; ++t)
+        normalise(h, t, t < tokens, false, normed + t / EDGE * w * BLOCK, t % EDGE);
+    });
+    parallel(f * strips, threads, [&](int64_t thread, int64_t begin, int64_t end) {
+      const Local& own = locals[thread];
+      for (int64_t i = begin; i < end; ++i) {
+        const int64_t j = i / strips, s = i % strips;
+        multiply(normed + s * w * BLOCK, in_panels + j * w * BLOCK, own.gate, EDGE, w, false);
+        multiply(normed + s * w * BLOCK, in_panels + (f + j) * w * BLOCK, own.up, EDGE, w, false);
+        for (int64_t r = 0; r < EDGE; ++r)
+          swiglu(own.gate, own.up, nullptr, active + (s * f + j) * BLOCK, r);
+      }
+    });
+    parallel(w * strips, threads, [&](int64_t thread, int64_t begin, int64_t end) {
+      float* c = locals[thread].c;
+      for (int64_t i = begin; i < end; ++i) {
+        const int64_t n = i / strips, s = i % strips;
+        multiply(active + s * f * BLOCK, out_panels + n * f * BLOCK, c, EDGE, f, false);
+        for (int64_t r = 0; r < std::min(EDGE, tokens - s * EDGE); ++r)
+          add_gated(h, s * EDGE + r, c + r * EDGE, nullptr, out, n * EDGE, EDGE);
+      }
+    });
+    return 0;
+  }
+  parallel((strips + STRIPS - 1) / STRIPS, threads, [&](int64_t thread, int64_t begin, int64_t end) {
     const Local& own = locals[thread];
-    for (int64_t first = begin * group; first < std::min(end * group, strips); first += group) {
-      const int64_t count = std::min(group, strips - first), from = first * EDGE;
+    for (int64_t first = begin * STRIPS; first < std::min(end * STRIPS, strips); first += STRIPS) {
+      const int64_t count = std::min(STRIPS, strips - first), from = first * EDGE;
       for (int64_t r = 0; r < count * EDGE; ++r)
         normalise(
             h, from + r, from + r < tokens, false, own.normed + r / EDGE * w * BLOCK, r % EDGE);
@@ -89,7 +119,7 @@ extern "C" int64_t mlp_forward(
       }
       multiply_strips(own.active, count, out_panels, w, f, own.c, stride);
       for (int64_t r = 0; r < std::min(count * EDGE, tokens - from); ++r)
-        add_gated(h, from + r, own.c + r * stride, update, out);
+        add_gated(h, from + r, own.c + r * stride, update, out, 0, width);
     }
   });
   return 0;

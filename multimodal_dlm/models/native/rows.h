@@ -88,11 +88,12 @@ inline void normalise_backward(
   for (int64_t k = 0; k < h.width; k += EDGE) narrow(dx + at + k, value(k), value(k + 16));
 }
 
-// out = x + c x gate of a token; c is kept as its update if there is a place for it.
-inline void add_gated(const Half& h, int64_t token, const float* c, bf16* update, bf16* out) {
-  const int64_t at = token * h.width;
-  const float* gate = h.gate + h.rows[token] * h.width;
-  for (int64_t k = 0; k < h.width; k += EDGE) {
+// out = x + c x gate of some columns of a token; c is kept as its update if there is a place for it.
+inline void add_gated(
+    const Half& h, int64_t token, const float* c, bf16* update, bf16* out, int64_t first, int64_t count) {
+  const int64_t at = token * h.width + first;
+  const float* gate = h.gate + h.rows[token] * h.width + first;
+  for (int64_t k = 0; k < count; k += EDGE) {
     const __m512 low = _mm512_loadu_ps(c + k), high = _mm512_loadu_ps(c + k + 16);
     if (update != nullptr) stream(update + at + k, low, high);
     narrow(
