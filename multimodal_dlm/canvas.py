@@ -60,7 +60,10 @@ class Canvas:
 
     def replace(self, **tensors: Tensor) -> "Canvas":
         """A copy with some tensors exchanged."""
-        return replace(self, **tensors)
+        made = replace(self, **tensors)
+        if made.window_ids is self.window_ids and "_runs" in self.__dict__:
+            made.__dict__["_runs"] = self._runs
+        return made
 
     def to(self, device: torch.device | str) -> "Canvas":
         """A copy on another device."""
@@ -132,21 +135,46 @@ def noise_levels(canvas: Canvas, vocabulary: UnifiedVocabulary) -> Float[Tensor,
 
     A noise group is the part of a window with one attention order (the whole window unless it is
     written in blocks), in one document. Frozen masks count; padding does not. Training and
-    inference call this one function, so the backbone never sees which mask schedule is used.
+    inference use this one rule, so the backbone never sees which mask schedule is used.
 
     Returns:
         float32 levels in [0, 1], shape (batch, length).
     """
-    is_masked = vocabulary.is_masked(canvas.input_ids) & ~canvas.is_padding
-    groups = _group_keys(canvas)
-    num_groups = int(groups.max()) + 1 if groups.numel() else 1
-    zeros = torch.zeros(num_groups * canvas.batch_size, device=canvas.device)
-    rows = torch.arange(canvas.batch_size, device=canvas.device)[:, None] * num_groups
-    flat = (groups + rows).flatten()
-    masked = zeros.scatter_add(0, flat, is_masked.flatten().float())
-    total = zeros.scatter_add(0, flat, (~canvas.is_padding).flatten().float())
-    share = (masked / total.clamp(min=1))[flat].view(groups.shape)
-    return share * is_masked
+    return LevelGroups.of(canvas).levels(vocabulary.is_masked(canvas.input_ids))
+
+
+@dataclass(frozen=True)
+class LevelGroups:
+    """The noise groups of a canvas, for levels of many canvases that differ in their ids alone.
+
+    Args:
+        keys: A number for each position's row and group, (batch x length).
+        totals: Tokens of each group, padding not counted; 1 for none.
+        is_counted: Not padding.
+    """
+
+    keys: Int[Tensor, " tokens"]
+    totals: Float[Tensor, " groups"]
+    is_counted: Bool[Tensor, "batch length"]
+
+    @classmethod
+    def of(cls, canvas: Canvas) -> "LevelGroups":
+        """The groups of a canvas."""
+        groups = _group_keys(canvas)
+        num_groups = int(groups.max()) + 1 if groups.numel() else 1
+        rows = torch.arange(canvas.batch_size, device=canvas.device)[:, None] * num_groups
+        keys, is_counted = (groups + rows).flatten(), ~canvas.is_padding
+        zeros = torch.zeros(num_groups * canvas.batch_size, device=canvas.device)
+        totals = zeros.scatter_add(0, keys, is_counted.flatten().float())
+        return cls(keys, totals.clamp(min=1), is_counted)
+
+    def levels(self, is_masked: Bool[Tensor, "batch length"]) -> Float[Tensor, "batch length"]:
+        """`noise_levels` of the canvas with these tokens masked."""
+        is_masked = is_masked & self.is_counted
+        masked = torch.zeros_like(self.totals).scatter_add_(
+            0, self.keys, is_masked.flatten().float()
+        )
+        return (masked / self.totals)[self.keys].view(is_masked.shape) * is_masked
 
 
 def _group_keys(canvas: Canvas) -> Int[Tensor, "batch length"]:

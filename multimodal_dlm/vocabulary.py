@@ -182,10 +182,15 @@ class UnifiedVocabulary:
         self.modality_id(modality)
         return tuple(part for part in self.segments if part.modality == modality)
 
+    @cached_property
+    def _columns(self) -> dict[str, range]:
+        parts = {name: self.modality_segments(name) for name in self.modalities}
+        return {name: range(own[0].offset, own[-1].stop) for name, own in parts.items()}
+
     def columns(self, modality: str) -> range:
         """Unified ids of all final values of a modality, one contiguous range."""
-        parts = self.modality_segments(modality)
-        return range(parts[0].offset, parts[-1].stop)
+        self.modality_id(modality)
+        return self._columns[modality]
 
     def num_columns(self, modality: str) -> int:
         """Number of final values of a modality (V_m)."""
@@ -210,6 +215,12 @@ class UnifiedVocabulary:
     def _state_ids(self) -> tuple[int, ...]:
         return tuple(state.id for state in self.states)
 
+    @cached_property
+    def _state_run(self) -> tuple[int, int] | None:
+        """First and last state id when they are one run."""
+        low, high = min(self._state_ids), max(self._state_ids)
+        return (low, high) if high - low + 1 == len(self._state_ids) else None
+
     def mask_token_id(self, modality: str) -> int:
         """Unified id of the state that may resolve to every column of a modality."""
         self.modality_id(modality)
@@ -222,9 +233,8 @@ class UnifiedVocabulary:
         """True where an id is a state, that is, not final."""
         if len(self._state_ids) == 1:
             return ids == self._state_ids[0]
-        low, high = min(self._state_ids), max(self._state_ids)
-        if high - low + 1 == len(self._state_ids):  # One run of ids: two comparisons.
-            return (ids >= low) & (ids <= high)
+        if self._state_run is not None:
+            return (ids >= self._state_run[0]) & (ids <= self._state_run[1])
         return torch.isin(ids, torch.tensor(self._state_ids, device=ids.device, dtype=ids.dtype))
 
     def allowed_columns(
@@ -263,20 +273,16 @@ class UnifiedVocabulary:
         """Unified ids -> columns of one modality; every state becomes V_m."""
         columns = self.columns(modality)
         is_masked = self.is_masked(ids)
-        _check_range(
-            ids.masked_fill(is_masked, columns.start),
-            columns.start,
-            columns.stop,
-            f"input_ids of modality `{modality}`",
-        )
-        return (ids - columns.start).masked_fill(is_masked, len(columns))
+        known = ids.masked_fill(is_masked, columns.start)
+        _check_range(known, columns.start, columns.stop, f"input_ids of modality `{modality}`")
+        return (known - columns.start).masked_fill_(is_masked, len(columns))
 
     def from_columns(self, columns: Int[Tensor, "*shape"], modality: str) -> Int[Tensor, "*shape"]:
         """Columns of one modality -> unified ids; V_m becomes the modality's mask id."""
         ids = self.columns(modality)
         _check_range(columns, 0, len(ids) + 1, f"columns of modality `{modality}`")
         is_masked = columns == len(ids)
-        return (columns + ids.start).masked_fill(is_masked, self.mask_token_id(modality))
+        return (columns + ids.start).masked_fill_(is_masked, self.mask_token_id(modality))
 
     # Serialisation.
 
@@ -368,7 +374,7 @@ def _check_range(values: Tensor, start: int, stop: int, what: str) -> None:
     """Refuse values outside start..stop - 1, naming the first one."""
     if values.numel() == 0:
         return
-    is_outside = (values < start) | (values >= stop)
-    if bool(is_outside.any()):
-        first = int(values[is_outside].flatten()[0])
+    lowest, highest = values.aminmax()
+    if int(lowest) < start or int(highest) >= stop:
+        first = int(values[(values < start) | (values >= stop)].flatten()[0])
         raise VocabularyError(f"Out of range: {what} must lie in {start}..{stop - 1}; got {first}.")

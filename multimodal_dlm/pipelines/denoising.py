@@ -8,13 +8,14 @@ knows no modality by name, no mask schedule and no tokenizer.
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from functools import reduce
 from typing import Any
 
 import torch
-from jaxtyping import Int
+from jaxtyping import Bool, Int
 from torch import Tensor
 
-from multimodal_dlm.canvas import Canvas, noise_levels
+from multimodal_dlm.canvas import Canvas, LevelGroups
 from multimodal_dlm.errors import CanvasError, ConfigError
 from multimodal_dlm.models.attention_plan import AttentionPlan
 from multimodal_dlm.pipelines.guidance import (
@@ -44,6 +45,10 @@ class GroupRun:
     prediction: Tensor | None = None
 
 
+# Groups with a free masked position, and in which rows, (batch,).
+WaitingRows = list[tuple[GroupRun, Tensor]]
+
+
 @dataclass(frozen=True)
 class DenoisingOutput:
     """What a run of the loop leaves.
@@ -63,13 +68,22 @@ class DenoisingOutput:
 
 
 @dataclass
+class _Lane:
+    """What stays the same over the forwards of one branch and some of its rows."""
+
+    canvas: Canvas
+    plan: AttentionPlan
+    cache: Any
+    groups: LevelGroups
+
+
+@dataclass
 class _Forwards:
     """The branches of a run with what each forward needs; rebuilt when the canvas changes shape."""
 
     transformer: Any
     branches: list[Branch]
-    plans: dict[str, AttentionPlan]
-    caches: dict[str, Any]
+    lanes: dict[str, _Lane]
     rows: Tensor
     num_forwards: int = 0
 
@@ -79,8 +93,13 @@ class _Forwards:
     ) -> "_Forwards":
         """Build one attention plan and one cache per branch."""
         canvas = branches[0].canvas
+        for window in canvas.free_windows():
+            part = canvas.window_slice(window)
+            for branch in branches:
+                if branch.serves(window):
+                    branch.part(window, part.stop - part.start)
         rows = torch.arange(canvas.batch_size, device=canvas.device)
-        forwards = cls(transformer, list(branches), {}, {}, rows, num_forwards)
+        forwards = cls(transformer, list(branches), {}, rows, num_forwards)
         forwards._prepare(rows)
         return forwards
 
@@ -90,8 +109,8 @@ class _Forwards:
         for branch in self.branches:
             canvas = branch.canvas.select_rows(rows)
             plan = AttentionPlan.from_canvas(canvas)
-            self.plans[branch.name] = plan
-            self.caches[branch.name] = self.transformer.new_cache(plan, canvas.is_free)
+            cache = self.transformer.new_cache(plan, canvas.is_free)
+            self.lanes[branch.name] = _Lane(canvas, plan, cache, LevelGroups.of(canvas))
 
     def focus(self, rows: Tensor) -> None:
         """Compute these rows from now on: plans and caches follow, and begin anew for new ones."""
@@ -101,29 +120,32 @@ class _Forwards:
             self._prepare(rows)
             return
         places = torch.searchsorted(self.rows, rows)
-        self.plans = {name: plan.select_rows(places) for name, plan in self.plans.items()}
-        for cache in self.caches.values():
-            if cache is not None:
-                cache.select_rows(places)
+        for lane in self.lanes.values():
+            lane.canvas = lane.canvas.select_rows(places)
+            lane.plan = lane.plan.select_rows(places)
+            lane.groups = LevelGroups.of(lane.canvas)
+            if lane.cache is not None:
+                lane.cache.select_rows(places)
         self.rows = rows
 
     def __call__(self, branch: Branch, groups: Sequence[Group] | None = None) -> Any:
         """One call of the backbone on a branch, for the states of some groups or of all columns."""
         self.num_forwards += 1
-        canvas = branch.canvas
-        if len(self.rows) < canvas.batch_size:
-            canvas = canvas.select_rows(self.rows)
-        cache = None if groups is None else self.caches[branch.name]
+        lane = self.lanes[branch.name]
+        ids = branch.canvas.input_ids
+        if len(self.rows) < len(ids):
+            ids = ids[self.rows]
+        cache = None if groups is None else lane.cache
         if cache is not None and groups:
-            parts = [g.columns(canvas) for g in groups]
+            parts = [g.columns(branch.canvas) for g in groups]
             cache.read([column for part in parts for column in range(part.start, part.stop)])
         with self.transformer.cache_context(branch.name):
             return self.transformer(
-                canvas.input_ids,
-                noise_levels=noise_levels(canvas, self.transformer.vocabulary),
-                modality_ids=canvas.modality_ids,
-                position_ids=canvas.position_ids,
-                attention_plan=self.plans[branch.name],
+                ids,
+                noise_levels=lane.groups.levels(self.transformer.vocabulary.is_masked(ids)),
+                modality_ids=lane.canvas.modality_ids,
+                position_ids=lane.canvas.position_ids,
+                attention_plan=lane.plan,
                 kv_cache=cache,
             )
 
@@ -186,16 +208,17 @@ def denoise(
         for stage, count in zip(stages, counts, strict=True):
             scheduler.set_timesteps(count, device=canvas.device)
             loop.open(stage, [next(generators) for _ in stage])
-            for index, timestep in enumerate(scheduler.timesteps):
-                if loop.is_closed():
+            for index, timestep in enumerate(scheduler.timesteps.tolist()):
+                waiting = loop.waiting_rows()
+                if not waiting:
                     break
                 if bar is not None:
                     bar.update()
                 guided = is_guided(index, count, guidance_start, guidance_stop)
-                if not loop.step(timestep, guided):
+                if not loop.step(timestep, guided, waiting):
                     continue
                 if callback is not None:
-                    changed = callback(loop.num_steps - 1, float(timestep), loop.canvas)
+                    changed = callback(loop.num_steps - 1, timestep, loop.canvas)
                     if changed is None:
                         return loop.stop(stages)
                     loop.accept(changed)
@@ -225,6 +248,7 @@ class _Loop:
         self.forwards = _Forwards.open(transformer, builder(canvas))
         self.runs: list[GroupRun] = []
         self.num_steps = 0
+        self._waiting: tuple[Canvas, Tensor] | None = None
 
     def open(self, stage: Sequence[Group], generators: Sequence[list[torch.Generator]]) -> None:
         """Begin the runs of the groups of one stage."""
@@ -273,38 +297,44 @@ class _Loop:
         ids = self.canvas.input_ids[:, part].masked_fill(self.canvas.is_padding[:, part], mask)
         return self.vocabulary.to_columns(ids, group.modality), self.canvas.is_free[:, part]
 
-    def is_closed(self, run: GroupRun | None = None) -> bool:
-        """True when no free position of a group, or of all open groups, is masked."""
-        if run is None:
-            return all(self.is_closed(each) for each in self.runs)
-        part = run.group.columns(self.canvas)
-        is_masked = self.vocabulary.is_masked(self.canvas.input_ids[:, part])
-        return not bool((is_masked & self.canvas.is_free[:, part]).any())
+    @property
+    def is_waiting(self) -> Bool[Tensor, "batch length"]:
+        """Free masked positions of the canvas, found once for each canvas."""
+        if self._waiting is None or self._waiting[0] is not self.canvas:
+            is_masked = self.vocabulary.is_masked(self.canvas.input_ids)
+            self._waiting = (self.canvas, is_masked & self.canvas.is_free)
+        return self._waiting[1]
+
+    def waiting_rows(self) -> WaitingRows:
+        """Open groups with a waiting position, and the rows that have one; empty once all close."""
+        rows = [
+            (run, self.is_waiting[:, run.group.columns(self.canvas)].any(dim=1))
+            for run in self.runs
+        ]
+        return [(run, is_open) for run, is_open in rows if bool(is_open.any())]
 
     def has_masks(self) -> bool:
         """True when a free position is masked."""
-        is_masked = self.vocabulary.is_masked(self.canvas.input_ids)
-        return bool((is_masked & self.canvas.is_free).any())
+        return bool(self.is_waiting.any())
 
-    def step(self, timestep: Tensor, guided: bool) -> bool:
-        """One forward per branch, then one scheduler step per open group.
+    def step(self, timestep: float, guided: bool, waiting: WaitingRows) -> bool:
+        """One forward per branch, then one scheduler step per waiting group.
 
         Returns:
             False when no group's time window has begun, so that nothing was computed.
         """
-        runs = [
-            run
-            for run in self.runs
-            if not self.is_closed(run) and self.scheduler.has_begun(timestep, run.state)
-        ]
-        if not runs:
+        begun = [pair for pair in waiting if self.scheduler.has_begun(timestep, pair[0].state)]
+        if not begun:
             return False
+        runs = [run for run, _ in begun]
         branches = [
             branch
             for branch in restrict(self.forwards.branches, guided)
             if any(branch.serves(run.group.window) for run in runs)
         ]
-        self.forwards.focus(self._unfinished(runs))
+        # Rows with a free mask in one of the groups; the others are not computed.
+        is_unfinished = reduce(torch.logical_or, (rows for _, rows in begun))
+        self.forwards.focus(is_unfinished.nonzero().flatten())
         outputs = {
             branch.name: self.forwards(
                 branch, [run.group for run in runs if branch.serves(run.group.window)]
@@ -320,44 +350,34 @@ class _Loop:
         self.forwards.write(self.canvas, {run.group.window for run in runs})
         return True
 
-    def _unfinished(self, runs: Sequence[GroupRun]) -> Int[Tensor, " rows"]:
-        """Rows with a free mask in one of the groups; the others are not computed."""
-        is_open = torch.zeros(self.canvas.batch_size, dtype=torch.bool, device=self.canvas.device)
-        for run in runs:
-            part = run.group.columns(self.canvas)
-            is_masked = self.vocabulary.is_masked(self.canvas.input_ids[:, part])
-            is_open |= (is_masked & self.canvas.is_free[:, part]).any(dim=1)
-        return is_open.nonzero().flatten()
-
-    def _all_rows(self, values: Tensor) -> Tensor:
-        """Values of the computed rows among zeros for the finished ones."""
-        if len(values) == self.canvas.batch_size:
-            return values
-        full = values.new_zeros((self.canvas.batch_size, *values.shape[1:]))
-        return full.index_copy_(0, self.forwards.rows, values)
-
     def _write(
         self,
         run: GroupRun,
         branches: Sequence[Branch],
         outputs: Mapping[str, Any],
-        timestep: Tensor,
+        timestep: float,
     ) -> Int[Tensor, "batch positions"]:
         """Unified ids of a group after one scheduler step."""
         group = run.group
         part = group.columns(self.canvas)
+        picked = self.is_waiting[:, part]
+        rows = self.forwards.rows
+        picked = picked if len(rows) == len(picked) else picked[rows]
         logits = {
             branch.name: self.transformer.compute_logits(
-                outputs[branch.name].hidden_states[:, group.columns(branch.canvas)], group.modality
+                outputs[branch.name].hidden_states[:, group.columns(branch.canvas)][picked],
+                group.modality,
             )
             for branch in branches
         }
         quality = outputs[branches[0].name].token_quality
         if quality is not None:
-            quality = self._all_rows(quality[:, group.columns(branches[0].canvas)])
+            shape = (self.canvas.batch_size, part.stop - part.start)
+            own = quality[:, group.columns(branches[0].canvas)]
+            quality = own.new_zeros(shape).index_copy_(0, rows, own)
         sample, is_free = self._sample(group)
-        stepped = self.scheduler.step(
-            self._all_rows(combine(logits, {branch.name: branch.weight for branch in branches})),
+        stepped = self.scheduler.step_masked(
+            combine(logits, {branch.name: branch.weight for branch in branches}),
             timestep,
             sample,
             state=run.state,

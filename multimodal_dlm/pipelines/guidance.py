@@ -39,16 +39,20 @@ class Branch:
         """True when its logits count for a window."""
         return self.windows is None or window in self.windows
 
-    def write(self, window: int, ids: Int[Tensor, "batch window"]) -> "Branch":
-        """The branch with the ids of one window exchanged."""
+    def part(self, window: int, length: int) -> slice:
+        """Columns of a window, which must have the length it has in the main canvas."""
         part = self.canvas.window_slice(window)
-        if part.stop - part.start != ids.shape[1]:
+        if part.stop - part.start != length:
             raise CanvasError(
                 f"Window {window} must have the same length in every branch; got"
-                f" {part.stop - part.start} in `{self.name}` and {ids.shape[1]}."
+                f" {part.stop - part.start} in `{self.name}` and {length}."
             )
+        return part
+
+    def write(self, window: int, ids: Int[Tensor, "batch window"]) -> "Branch":
+        """The branch with the ids of one window exchanged."""
         input_ids = self.canvas.input_ids.clone()
-        input_ids[:, part] = ids
+        input_ids[:, self.part(window, ids.shape[1])] = ids
         return replace(self, canvas=self.canvas.replace(input_ids=input_ids))
 
 
@@ -85,8 +89,8 @@ def classifier_free(
 
 
 def combine(
-    logits: Mapping[str, Float[Tensor, "batch positions columns"]], weights: Mapping[str, float]
-) -> Float[Tensor, "batch positions columns"]:
+    logits: Mapping[str, Float[Tensor, "*shape columns"]], weights: Mapping[str, float]
+) -> Float[Tensor, "*shape columns"]:
     """sum_b w_b logits_b / sum_b w_b in float32; a single branch is returned as it is."""
     if len(logits) == 1:
         return next(iter(logits.values())).float()

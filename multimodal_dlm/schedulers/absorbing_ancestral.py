@@ -10,7 +10,7 @@ from diffusers.schedulers.scheduling_utils import SchedulerMixin  # noqa: F401 (
 from multimodal_dlm.errors import ConfigError, unknown_name
 from multimodal_dlm.schedulers.base import DiscreteScheduler, StepInput, StepResult
 from multimodal_dlm.schedulers.presets import ANCESTRAL_MODALITIES
-from multimodal_dlm.schedulers.proposal import propose
+from multimodal_dlm.schedulers.proposal import propose, restrict
 from multimodal_dlm.schedulers.settings import ModalitySettings
 from multimodal_dlm.schedulers.shaping import rank_descending
 
@@ -66,7 +66,15 @@ class AbsorbingAncestralScheduler(DiscreteScheduler):
         return True
 
     def _reverse(self, step: StepInput) -> StepResult:
-        proposal = propose(step, step.sample, step.is_masked, step.allowed)
+        logits = restrict(step.logits, step.allowed)
+        proposal = propose(
+            step.sample,
+            step.is_masked,
+            logits,
+            logits,
+            settings=step.settings,
+            uniforms=step.uniforms,
+        )
         hitting = step.uniforms[..., 1].masked_fill(~step.is_masked, torch.inf)
         num_masked = step.is_masked.sum(dim=1)
         count = num_masked - step.num_left
@@ -77,6 +85,5 @@ class AbsorbingAncestralScheduler(DiscreteScheduler):
         is_revealed = step.is_masked & (rank_descending(-hitting) < count[:, None])
         return StepResult(
             prev_sample=torch.where(is_revealed, proposal.columns, step.sample),
-            pred_original_sample=proposal.columns,
-            pred_logits=proposal.pred_logits,
+            proposal=proposal,
         )

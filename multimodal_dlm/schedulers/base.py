@@ -5,7 +5,6 @@ same for all of them is here. A scheduler keeps configuration and timesteps only
 to one run is in the `SchedulerState` that `begin` opens and `step` requires.
 """
 
-import math
 from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -20,14 +19,17 @@ from torch import Tensor
 
 from multimodal_dlm.errors import ConfigError, unknown_name
 from multimodal_dlm.schedulers.checks import (
+    allowed_at,
     as_row_generators,
     check_length_rule,
+    check_logits,
     check_shape,
     check_tensors,
-    expand_allowed,
 )
-from multimodal_dlm.schedulers.settings import TIME_TOLERANCE, ModalitySettings
+from multimodal_dlm.schedulers.proposal import Proposal
+from multimodal_dlm.schedulers.settings import ModalitySettings
 from multimodal_dlm.schedulers.step_plan import plan_steps
+from multimodal_dlm.schedulers.step_times import StepTimes
 
 
 @dataclass(frozen=True)
@@ -57,7 +59,7 @@ class SchedulerState:
 
 @dataclass
 class DiscreteSchedulerOutput(BaseOutput):
-    """What one step gives back; all tensors are new.
+    """What `step` gives back; all tensors are new.
 
     Args:
         prev_sample: Columns after the step; V where still masked.
@@ -78,26 +80,12 @@ class DiscreteSchedulerOutput(BaseOutput):
 
 
 @dataclass(frozen=True)
-class StepTimes:
-    """Where one step stands in the time window of its group.
+class MaskedStepOutput:
+    """What `step_masked` gives back: `DiscreteSchedulerOutput` without what no loop reads."""
 
-    Args:
-        has_begun: The step ends inside the window, so it commits at least one token per row.
-        is_last: The step ends at the close of the window, so it commits everything.
-        masked_share: Share of the group that the plan leaves masked after the step.
-        share_before: The same before the step.
-        time_left: Local time after the step, from 1 (start) to 0 (stop).
-        num_done: Steps of the window that are over after this one.
-        num_steps: Steps of the window.
-    """
-
-    has_begun: bool
-    is_last: bool
-    masked_share: float
-    share_before: float
-    time_left: float
-    num_done: int
-    num_steps: int
+    prev_sample: Int[Tensor, "batch seq"]
+    pred_original_sample: Int[Tensor, "batch seq"]
+    state: SchedulerState
 
 
 @dataclass(frozen=True)
@@ -105,11 +93,12 @@ class StepInput:
     """One step as a subclass sees it.
 
     Args:
-        logits: Guided logits of the modality's columns, float32 or float64.
+        logits: Guided logits of the modality's columns at the masked positions, in the order of
+            `is_masked`, float32 or float64.
         sample: Columns; V where masked.
         is_masked: Masked and free: the positions this step may write.
         is_free: Positions the run may write.
-        allowed: Columns each position may take; None for all.
+        allowed: Columns each masked position may take, in the same order; None for all.
         uniforms: Two float64 numbers in [0, 1) per position, for its token and for its place in the
             order; rows that are finished hold 0.5.
         num_left: Masked positions the plan leaves in each row, fewer than now in unfinished rows.
@@ -119,11 +108,11 @@ class StepInput:
         ends_window: No later group goes on with the window.
     """
 
-    logits: Float[Tensor, "batch seq columns"]
+    logits: Float[Tensor, "masked columns"]
     sample: Int[Tensor, "batch seq"]
     is_masked: Bool[Tensor, "batch seq"]
     is_free: Bool[Tensor, "batch seq"]
-    allowed: Bool[Tensor, "batch seq columns"] | None
+    allowed: Bool[Tensor, "masked columns"] | None
     uniforms: Float[Tensor, "batch seq 2"]
     num_left: Int[Tensor, " batch"]
     times: StepTimes
@@ -139,14 +128,13 @@ class StepInput:
 
 @dataclass(frozen=True)
 class StepResult:
-    """What a subclass decides: columns after the step, drawn tokens, and what they came from.
+    """What a subclass decides: columns after the step, and the drawn tokens they came from.
 
     `memory` holds tensors (batch, seq, ...) that the next step of the same run will see.
     """
 
     prev_sample: Int[Tensor, "batch seq"]
-    pred_original_sample: Int[Tensor, "batch seq"]
-    pred_logits: Float[Tensor, "batch seq columns"]
+    proposal: Proposal
     memory: Mapping[str, Tensor] = field(default_factory=dict)
 
 
@@ -271,42 +259,117 @@ class DiscreteScheduler(SchedulerMixin, ConfigMixin):
             ConfigError: When shapes contradict, the timestep is not one of `timesteps`, a masked
                 position has no allowed column, or generators are missing.
         """
-        times = self._times(timestep, state.settings)
-        check_tensors(model_output, sample, is_free, state.initial_sample, token_quality)
-        check_length_rule(state.modality, state.settings, model_output.shape[-1])
+        check_tensors(model_output, sample, is_free)
         logits = model_output if model_output.dtype == torch.float64 else model_output.float()
         mask_column = logits.shape[-1]
         is_masked = is_free & (sample == mask_column)
-        if times.has_begun and bool(is_masked.any()):
-            planned = _planned_counts(state, is_free, mask_column, times)
-            result = self._reverse(
-                StepInput(
-                    logits=logits,
-                    sample=sample,
-                    is_masked=is_masked,
-                    is_free=is_free,
-                    allowed=expand_allowed(allowed, logits, is_masked),
-                    uniforms=self._draw_uniforms(generator, is_free, is_masked, state.settings),
-                    num_left=torch.minimum(planned, is_masked.sum(dim=1) - 1).clamp(min=0),
-                    times=times,
-                    settings=state.settings,
-                    memory=state.memory,
-                    ends_window=state.ends_window,
-                )
-            )
-        else:
-            result = StepResult(sample.clone(), sample.clone(), logits.clone(), state.memory)
-        was_masked = sample == mask_column
-        is_still_masked = result.prev_sample == mask_column
+        result = self._advance(
+            logits[is_masked],
+            timestep,
+            sample,
+            is_masked=is_masked,
+            state=state,
+            is_free=is_free,
+            generator=generator,
+            token_quality=token_quality,
+            allowed=allowed,
+        )
+        pred_logits = logits.clone()
+        if result is not None:
+            pred_logits[result.proposal.is_masked] = result.proposal.shaped_logits
+        taken = _taken(result, sample, state)
+        was_masked, is_still_masked = sample == mask_column, taken.prev_sample == mask_column
         output = DiscreteSchedulerOutput(
-            prev_sample=result.prev_sample,
-            pred_original_sample=result.pred_original_sample,
+            prev_sample=taken.prev_sample,
+            pred_original_sample=taken.pred_original_sample,
             committed=was_masked & ~is_still_masked,
             revoked=~was_masked & is_still_masked,
-            pred_logits=result.pred_logits,
-            state=replace(state, memory=result.memory),
+            pred_logits=pred_logits,
+            state=taken.state,
         )
         return output if return_dict else output.to_tuple()
+
+    def step_masked(
+        self,
+        logits: Tensor,
+        timestep: float | Tensor,
+        sample: Tensor,
+        *,
+        state: SchedulerState,
+        is_free: Tensor,
+        generator: torch.Generator | Sequence[torch.Generator] | None = None,
+        token_quality: Tensor | None = None,
+        allowed: Tensor | None = None,
+    ) -> MaskedStepOutput:
+        """`step` for a loop that computes logits of the masked free positions only.
+
+        Args:
+            logits: (masked, V), in the order of `is_free & (sample == V)`.
+            timestep: As for `step`, as are the others.
+            sample: Columns (batch, seq).
+            state: What `begin` or the last step returned.
+            is_free: Positions the run may write.
+            generator: One generator per row.
+            token_quality: Estimated probability that a known token is right.
+            allowed: Columns each position may take, broadcastable to (batch, seq, V).
+
+        Raises:
+            ConfigError: As `step`.
+        """
+        result = self._advance(
+            logits if logits.dtype == torch.float64 else logits.float(),
+            timestep,
+            sample,
+            is_masked=is_free & (sample == logits.shape[-1]),
+            state=state,
+            is_free=is_free,
+            generator=generator,
+            token_quality=token_quality,
+            allowed=allowed,
+        )
+        return _taken(result, sample, state)
+
+    def _advance(
+        self,
+        logits: Float[Tensor, "masked columns"],
+        timestep: float | Tensor,
+        sample: Int[Tensor, "batch seq"],
+        *,
+        is_masked: Bool[Tensor, "batch seq"],
+        state: SchedulerState,
+        is_free: Bool[Tensor, "batch seq"],
+        generator: torch.Generator | Sequence[torch.Generator] | None,
+        token_quality: Tensor | None,
+        allowed: Tensor | None,
+    ) -> StepResult | None:
+        """Check, plan and `_reverse`; None where the step commits nothing."""
+        times = self._times(timestep, state.settings)
+        num_masked = is_masked.sum(dim=1)
+        check_logits(logits, int(num_masked.sum()))
+        check_shape("is_free", is_free, tuple(sample.shape))
+        check_shape("state.initial_sample", state.initial_sample, tuple(sample.shape))
+        if token_quality is not None:
+            check_shape("token_quality", token_quality, tuple(sample.shape))
+        mask_column = logits.shape[-1]
+        check_length_rule(state.modality, state.settings, mask_column)
+        if not (times.has_begun and len(logits)):
+            return None
+        planned = _planned_counts(state, is_free, mask_column, times)
+        return self._reverse(
+            StepInput(
+                logits=logits,
+                sample=sample,
+                is_masked=is_masked,
+                is_free=is_free,
+                allowed=allowed_at(allowed, is_masked, mask_column),
+                uniforms=self._draw_uniforms(generator, is_free, is_masked, state.settings),
+                num_left=torch.minimum(planned, num_masked - 1).clamp(min=0),
+                times=times,
+                settings=state.settings,
+                memory=state.memory,
+                ends_window=state.ends_window,
+            )
+        )
 
     @abstractmethod
     def _reverse(self, step: StepInput) -> StepResult:
@@ -318,31 +381,12 @@ class DiscreteScheduler(SchedulerMixin, ConfigMixin):
 
     def _times(self, timestep: float | Tensor, settings: ModalitySettings) -> StepTimes:
         """Find the step of this timestep and its place in the group's window, in float64."""
-        count = self.num_inference_steps
-        if count is None:
+        if self.num_inference_steps is None:
             raise ConfigError(
                 "`set_timesteps` must be called before `step`; got no timesteps. Call"
                 " `scheduler.set_timesteps(num_inference_steps)`."
             )
-        t = float(timestep)
-        index = round((1.0 - t) * count) if math.isfinite(t) else -1
-        if not 0 <= index < count or abs((1.0 - index / count) - t) > 0.01 / count:
-            raise ConfigError(
-                f"`timestep` must be one of `timesteps`, 1 - i / {count} for i = 0..{count - 1};"
-                f" got {t}. Loop over `scheduler.timesteps`."
-            )
-        before, after = 1.0 - index / count, 1.0 - (index + 1) / count
-        time_left = settings.local_time(after)
-        first, last = _steps_inside(count, settings)
-        return StepTimes(
-            has_begun=after < settings.start - TIME_TOLERANCE,
-            is_last=time_left <= TIME_TOLERANCE,
-            masked_share=settings.masked_share(after),
-            share_before=settings.masked_share(before),
-            time_left=time_left,
-            num_done=min(index, last) - first + 1,
-            num_steps=last - first + 1,
-        )
+        return StepTimes.find(float(timestep), self.num_inference_steps, settings)
 
     def _draw_uniforms(
         self,
@@ -375,12 +419,15 @@ class DiscreteScheduler(SchedulerMixin, ConfigMixin):
         return uniforms
 
 
-def _steps_inside(count: int, settings: ModalitySettings) -> tuple[int, int]:
-    """The first and the last step of a time window that commit something."""
-    after = [1.0 - (index + 1) / count for index in range(count)]
-    first = next(index for index, t in enumerate(after) if t < settings.start - TIME_TOLERANCE)
-    last = next(index for index, t in enumerate(after) if t <= settings.stop + TIME_TOLERANCE)
-    return first, max(first, last)
+def _taken(
+    result: StepResult | None, sample: Int[Tensor, "batch seq"], state: SchedulerState
+) -> MaskedStepOutput:
+    """The outcome of a step, in new tensors also where nothing was to be done."""
+    if result is None:
+        return MaskedStepOutput(sample.clone(), sample.clone(), state)
+    return MaskedStepOutput(
+        result.prev_sample, result.proposal.columns, replace(state, memory=result.memory)
+    )
 
 
 def _planned_counts(
@@ -394,11 +441,11 @@ def _planned_counts(
     floor(N0 (1 - alpha)), in float64 with +1e-9; or what the step plan of a profile leaves, where
     the group's known tokens count as known. (A block is planned as a window of its own.)
     """
-    known = (state.initial_sample < mask_column).sum(dim=1)
     initial = (is_free & (state.initial_sample == mask_column)).sum(dim=1)
     profile = state.settings.step_profile
     if profile is None:
         return torch.floor(initial.to(torch.float64) * times.masked_share + 1e-9).long()
+    known = (state.initial_sample < mask_column).sum(dim=1)
     left = [
         count
         - sum(plan_steps(profile, count, times.num_steps, num_known=num_known)[: times.num_done])

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool
 from torch import Tensor
 
 from multimodal_dlm.errors import ConfigError
@@ -16,13 +16,7 @@ def check_shape(name: str, tensor: Tensor, shape: tuple[int, ...]) -> None:
         raise ConfigError(f"`{name}` must have shape {shape}; got {tuple(tensor.shape)}.")
 
 
-def check_tensors(
-    model_output: Tensor,
-    sample: Tensor,
-    is_free: Tensor,
-    initial_sample: Tensor,
-    token_quality: Tensor | None,
-) -> None:
+def check_tensors(model_output: Tensor, sample: Tensor, is_free: Tensor) -> None:
     """Refuse tensors whose shapes contradict each other."""
     shape = tuple(sample.shape)
     if model_output.ndim != 3 or tuple(model_output.shape[:2]) != shape:
@@ -31,9 +25,15 @@ def check_tensors(
             f" {tuple(model_output.shape)}. Pass the logits of this group's positions only."
         )
     check_shape("is_free", is_free, shape)
-    check_shape("state.initial_sample", initial_sample, shape)
-    if token_quality is not None:
-        check_shape("token_quality", token_quality, shape)
+
+
+def check_logits(logits: Tensor, num_masked: int) -> None:
+    """Refuse logits that are not one row for each masked free position."""
+    if logits.ndim != 2 or len(logits) != num_masked:
+        raise ConfigError(
+            f"`logits` must have shape ({num_masked}, columns), a row for each masked free"
+            f" position; got {tuple(logits.shape)}. Pick them with `is_free & (sample == columns)`."
+        )
 
 
 def check_length_rule(modality: str, settings: ModalitySettings, num_columns: int) -> None:
@@ -47,29 +47,28 @@ def check_length_rule(modality: str, settings: ModalitySettings, num_columns: in
             )
 
 
-def expand_allowed(
-    allowed: Tensor | None,
-    logits: Float[Tensor, "batch seq columns"],
-    is_masked: Bool[Tensor, "batch seq"],
-) -> Bool[Tensor, "batch seq columns"] | None:
-    """Broadcast `allowed` to the logits, and refuse a masked position without any column."""
+def allowed_at(
+    allowed: Tensor | None, is_masked: Bool[Tensor, "batch seq"], num_columns: int
+) -> Bool[Tensor, "masked columns"] | None:
+    """`allowed` at the masked positions; one without any column is refused."""
     if allowed is None:
         return None
+    shape = (*is_masked.shape, num_columns)
     try:
-        expanded = allowed.expand(logits.shape)
+        picked = allowed.expand(shape)[is_masked]
     except RuntimeError as error:
         raise ConfigError(
-            f"`allowed` must be broadcastable to {tuple(logits.shape)} (batch, positions,"
-            f" columns); got {tuple(allowed.shape)}."
+            f"`allowed` must be broadcastable to {shape} (batch, positions, columns); got"
+            f" {tuple(allowed.shape)}."
         ) from error
-    is_stuck = is_masked & ~expanded.any(dim=-1)
+    is_stuck = ~picked.any(dim=-1)
     if bool(is_stuck.any()):
-        row, position = is_stuck.nonzero()[0].tolist()
+        row, position = is_masked.nonzero()[is_stuck][0].tolist()
         raise ConfigError(
             "`allowed` must leave at least one column at every masked free position; got none at"
             f" row {row}, position {position}. Allow a column there or make it not free."
         )
-    return expanded
+    return picked
 
 
 def as_row_generators(

@@ -12,7 +12,7 @@ from torch import Tensor
 from multimodal_dlm.schedulers.base import DiscreteScheduler, StepInput, StepResult
 from multimodal_dlm.schedulers.commit_rules import Candidates, Selection
 from multimodal_dlm.schedulers.presets import CONFIDENCE_MODALITIES
-from multimodal_dlm.schedulers.proposal import Proposal, propose
+from multimodal_dlm.schedulers.proposal import Proposal, propose, restrict
 from multimodal_dlm.schedulers.shaping import gumbel_noise, rank_descending
 from multimodal_dlm.schedulers.text_window import TextWindow
 
@@ -51,18 +51,26 @@ class ConfidenceScheduler(DiscreteScheduler):
         return self._reverse_window(step, step.settings.eos_column, step.settings.fill_column)
 
     def _reverse_plain(self, step: StepInput) -> StepResult:
-        proposal = propose(step, step.sample, step.is_masked, step.allowed)
-        scores = self._scores(step, proposal.confidence, step.is_masked)
-        chosen = self._chosen(step, proposal, scores, step.is_masked)
+        logits = restrict(step.logits, step.allowed)
+        proposal = propose(
+            step.sample,
+            step.is_masked,
+            logits,
+            logits,
+            settings=step.settings,
+            uniforms=step.uniforms,
+        )
+        scores = self._scores(step, proposal)
+        chosen = self._chosen(step, proposal, scores)
         return StepResult(
             prev_sample=torch.where(chosen.is_sure, proposal.columns, step.sample),
-            pred_original_sample=proposal.columns,
-            pred_logits=proposal.pred_logits,
+            proposal=proposal,
             memory=chosen.memory,
         )
 
     def _reverse_window(self, step: StepInput, eos: int, fill: int) -> StepResult:
         everywhere = torch.ones_like(step.is_masked)
+        allowed = step.allowed
         window = TextWindow(
             sample=step.sample,
             is_masked=step.is_masked,
@@ -70,41 +78,36 @@ class ConfidenceScheduler(DiscreteScheduler):
             fill=fill,
             mask_column=step.mask_column,
             ends_window=step.ends_window,
-            may_be_eos=everywhere if step.allowed is None else step.allowed[..., eos],
-            may_be_fill=everywhere if step.allowed is None else step.allowed[..., fill],
+            may_be_eos=_spread(everywhere, step.is_masked, allowed, eos),
+            may_be_fill=_spread(everywhere, step.is_masked, allowed, fill),
         ).filled()
-        possible = window.possible_columns(step.mask_column)
-        if step.allowed is not None:
-            possible = _narrow(step.allowed, possible)
-        closing = torch.ones_like(possible)
-        closing[window.is_end] = False
-        closing[..., eos] = True
-        closing[..., fill] = True
+        is_left = window.is_masked[step.is_masked]
+        possible, drawable = window.restrict(
+            restrict(step.logits, allowed)[is_left],
+            None if allowed is None else allowed[is_left],
+        )
         proposal = propose(
-            step, window.sample, window.is_masked, possible, _narrow(possible, closing)
+            window.sample,
+            window.is_masked,
+            possible,
+            drawable,
+            settings=step.settings,
+            uniforms=step.uniforms,
         )
-        scores = self._scores(step, proposal.confidence, window.is_masked)
-        chosen = self._chosen(step, proposal, scores, window.is_masked)
+        scores = self._scores(step, proposal)
+        chosen = self._chosen(step, proposal, scores)
         window = window.commit(proposal.columns, scores, chosen.is_sure, is_last=step.times.is_last)
-        return StepResult(
-            prev_sample=window.sample,
-            pred_original_sample=proposal.columns,
-            pred_logits=proposal.pred_logits,
-            memory=chosen.memory,
-        )
+        return StepResult(prev_sample=window.sample, proposal=proposal, memory=chosen.memory)
 
     def _chosen(
-        self,
-        step: StepInput,
-        proposal: Proposal,
-        scores: Float[Tensor, "batch seq"],
-        is_masked: Bool[Tensor, "batch seq"],
+        self, step: StepInput, proposal: Proposal, scores: Float[Tensor, "batch seq"]
     ) -> Selection:
         """What the plan takes by score, and what the commit rule calls sure."""
-        count = is_masked.sum(dim=1) - step.num_left
+        is_masked = proposal.is_masked
+        best = _best(scores, is_masked, is_masked.sum(dim=1) - step.num_left)
         rule = step.settings.rule
         if rule is None:
-            return Selection(_best(scores, is_masked, count))
+            return Selection(best)
         selection = rule(
             Candidates(
                 is_masked=is_masked,
@@ -115,18 +118,15 @@ class ConfidenceScheduler(DiscreteScheduler):
                 memory=step.memory,
             )
         )
-        return Selection(selection.is_sure | _best(scores, is_masked, count), selection.memory)
+        return Selection(selection.is_sure | best, selection.memory)
 
-    def _scores(
-        self,
-        step: StepInput,
-        confidence: Float[Tensor, "batch seq"],
-        is_masked: Bool[Tensor, "batch seq"],
-    ) -> Float[Tensor, "batch seq"]:
+    def _scores(self, step: StepInput, proposal: Proposal) -> Float[Tensor, "batch seq"]:
         """Confidence plus annealed Gumbel noise, float64; -inf where not masked."""
+        scores = proposal.confidence.to(torch.float64)
         noise = step.settings.choice_temperature * step.times.time_left
-        scores = confidence.to(torch.float64) + noise * gumbel_noise(step.uniforms[..., 1])
-        return scores.masked_fill(~is_masked, -torch.inf)
+        if noise > 0.0:
+            scores = scores + noise * gumbel_noise(step.uniforms[..., 1])
+        return scores.masked_fill(~proposal.is_masked, -torch.inf)
 
 
 def _best(
@@ -138,9 +138,13 @@ def _best(
     return is_masked & (rank_descending(scores) < count[:, None])
 
 
-def _narrow(
-    wide: Bool[Tensor, "batch seq columns"], narrow: Bool[Tensor, "batch seq columns"]
-) -> Bool[Tensor, "batch seq columns"]:
-    """Both restrictions where a column satisfies them, else the wider one alone."""
-    both = wide & narrow
-    return torch.where(both.any(dim=-1, keepdim=True), both, wide)
+def _spread(
+    everywhere: Bool[Tensor, "batch seq"],
+    is_masked: Bool[Tensor, "batch seq"],
+    allowed: Bool[Tensor, "masked columns"] | None,
+    column: int,
+) -> Bool[Tensor, "batch seq"]:
+    """Positions that may take a column; True where not masked."""
+    return (
+        everywhere if allowed is None else everywhere.masked_scatter(is_masked, allowed[:, column])
+    )

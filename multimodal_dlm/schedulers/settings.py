@@ -3,6 +3,7 @@
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
+from functools import cached_property
 from typing import Any
 
 from multimodal_dlm.diffusion.mask_schedules import MaskSchedule, get_mask_schedule
@@ -96,12 +97,12 @@ class ModalitySettings:
                 f" {eos} and {fill}."
             )
 
-    @property
+    @cached_property
     def alpha_schedule(self) -> MaskSchedule:
         """The mask schedule these options name."""
         return get_mask_schedule(self.mask_schedule, **self.mask_schedule_options)
 
-    @property
+    @cached_property
     def rule(self) -> CommitRule | None:
         """The commit rule these options name."""
         if self.commit_rule is None:
@@ -115,6 +116,8 @@ class ModalitySettings:
 
     def between(self, start: float | None, stop: float | None) -> "ModalitySettings":
         """The same settings on another time window; None keeps an end."""
+        if start is None and stop is None:
+            return self
         return replace(
             self,
             start=self.start if start is None else start,
@@ -127,8 +130,17 @@ class ModalitySettings:
 
     def masked_share(self, t: float) -> float:
         """Share 1 - alpha of this modality that is still masked at global time t, in [0, 1]."""
-        local = self.local_time(t)
-        return 0.0 if local <= TIME_TOLERANCE else 1.0 - float(self.alpha_schedule.alpha(local))
+        if t not in self._masked_shares:
+            local = self.local_time(t)
+            share = (
+                0.0 if local <= TIME_TOLERANCE else 1.0 - float(self.alpha_schedule.alpha(local))
+            )
+            self._masked_shares[t] = share
+        return self._masked_shares[t]
+
+    @cached_property
+    def _masked_shares(self) -> dict[float, float]:
+        return {}
 
     def to_options(self) -> dict[str, Any]:
         """All options as JSON values."""

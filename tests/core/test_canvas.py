@@ -3,7 +3,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from multimodal_dlm.canvas import Canvas, noise_levels
+from multimodal_dlm.canvas import Canvas, LevelGroups, noise_levels
 from multimodal_dlm.errors import CanvasError
 from multimodal_dlm.vocabulary import UnifiedVocabulary
 from tests.core.toy import toy_processor, toy_vocabulary
@@ -63,6 +63,32 @@ def test_blocks_of_a_window_are_noise_groups_of_their_own():
     levels = noise_levels(canvas.replace(order=order), vocabulary)
     assert levels[0, 3].item() == pytest.approx(0.5)
     assert levels[0, 5].item() == pytest.approx(1.0)
+
+
+def test_groups_found_once_give_the_levels_of_every_canvas_of_the_run():
+    vocabulary, canvas = three_modality_canvas()
+    canvas = Canvas(
+        **{name: value.repeat(2, *[1] * (value.dim() - 1)) for name, value in vars(canvas).items()}
+    )
+    canvas = canvas.replace(is_padding=canvas.is_padding.index_fill(1, torch.tensor([1]), True))
+    groups = LevelGroups.of(canvas)
+    seen = []
+    for column in (3, 5, 2):
+        changed = canvas.input_ids.clone()
+        changed[1, column] = vocabulary.columns("text").start
+        canvas = canvas.replace(input_ids=changed)
+        levels = groups.levels(vocabulary.is_masked(canvas.input_ids))
+        assert torch.equal(levels, noise_levels(canvas, vocabulary))
+        seen.append(levels[1].tolist())
+    assert len({tuple(levels) for levels in seen}) == 3
+
+
+def test_a_copy_knows_the_windows_of_the_original_unless_they_were_exchanged():
+    _, canvas = three_modality_canvas()
+    assert canvas.window_slice(2) == slice(3, 6)
+    assert canvas.replace(input_ids=canvas.input_ids + 0)._runs is canvas._runs
+    moved = canvas.replace(window_ids=canvas.window_ids.roll(1, dims=1))
+    assert moved.window_slice(2) == slice(4, 7)
 
 
 def test_documents_of_a_row_are_noise_groups_of_their_own():

@@ -239,6 +239,54 @@ def test_record_of_a_step(name):
 
 
 @every_scheduler
+@every_modality
+@pytest.mark.parametrize("is_allowed", [False, True])
+def test_a_step_from_the_logits_of_masked_positions_is_the_same_step(name, modality, is_allowed):
+    sample, is_free = masked_start(3, 9, COLUMNS, 0.4, 2)
+    is_free[0, ::3] = False  # Frozen masks, and a row that is finished.
+    sample[1] = 2
+    allowed = None
+    if is_allowed:
+        allowed = torch.rand(3, 9, COLUMNS, generator=torch.Generator().manual_seed(0)) < 0.5
+        allowed[..., 2] = True
+    scheduler = make_scheduler(name)
+    scheduler.set_timesteps(4)
+    state = scheduler.begin(sample, is_free, modality)
+    for timestep in scheduler.timesteps:
+        logits = logits_of(sample, COLUMNS)
+        options = {"state": state, "is_free": is_free, "allowed": allowed}
+        expected = scheduler.step(
+            logits, timestep, sample, generator=seeds_to_generators([1, 2, 3]), **options
+        )
+        found = scheduler.step_masked(
+            logits[is_free & (sample == COLUMNS)], timestep, sample,
+            generator=seeds_to_generators([1, 2, 3]), **options,
+        )  # fmt: skip
+        assert torch.equal(found.prev_sample, expected.prev_sample)
+        assert torch.equal(found.pred_original_sample, expected.pred_original_sample)
+        assert found.state.memory.keys() == expected.state.memory.keys()
+        assert all(
+            torch.equal(found.state.memory[k], expected.state.memory[k]) for k in found.state.memory
+        )
+        sample, state = found.prev_sample, found.state
+    assert not bool((is_free & (sample == COLUMNS)).any())
+
+
+@every_scheduler
+def test_logits_of_other_positions_are_refused(name):
+    scheduler = make_scheduler(name)
+    scheduler.set_timesteps(2)
+    sample, is_free = masked_start(2, 6, COLUMNS, 0.3, 1)
+    state = scheduler.begin(sample, is_free, "codes")
+    num_masked = int((is_free & (sample == COLUMNS)).sum())
+    message = rf"`logits` must have shape \({num_masked}, columns\).*got \({num_masked + 1}, 5\)"
+    with pytest.raises(ConfigError, match=message):
+        scheduler.step_masked(
+            torch.zeros(num_masked + 1, COLUMNS), 1.0, sample, state=state, is_free=is_free
+        )
+
+
+@every_scheduler
 @pytest.mark.parametrize("num_steps", [1, 2, 3, 4, 7, 10])
 def test_staggered_windows_wait_and_close_in_time(name, num_steps):
     modalities = {

@@ -4,7 +4,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from multimodal_dlm.schedulers.text_window import TextWindow, first_true, last_true
+from multimodal_dlm.schedulers.text_window import TextWindow, any_left, any_right, first
 
 EOS, FILL, COLUMNS = 0, 1, 5
 
@@ -83,7 +83,9 @@ def test_commit_equals_the_reference(length, share_known, share_chosen, is_last,
         assert not bool(committed.is_masked.any())
 
 
-def test_first_and_last_flags():
-    flags = torch.tensor([[False, True, True], [False, False, False]])
-    assert first_true(flags).tolist() == [1, 3]
-    assert last_true(flags).tolist() == [2, -1]
+def test_flags_to_the_left_and_to_the_right():
+    flags = torch.tensor([[False, True, True], [False, False, False], [True, False, False]])
+    assert any_left(flags).tolist() == [[False, False, True], [False] * 3, [False, True, True]]
+    assert any_right(flags).tolist() == [[True, True, False], [False] * 3, [False] * 3]
+    assert first(flags).tolist() == [[False, True, False], [False] * 3, [True, False, False]]
+    assert any_right(flags[:, :0]).shape == any_left(flags[:, :0]).shape == (3, 0)
