@@ -94,8 +94,9 @@ class UnifiedAttnProcessor:
             parts = qkv.view(*qkv.shape[:2], -1, attn.head_dim)
             out = RotaryAttention.apply(parts, rotary.cos, rotary.sin, plan.bias(qkv.dtype))
             return attn.to_out(out)
-        query, key, value = attn.split_heads(qkv)
-        query, key = apply_rotary(query, rotary), apply_rotary(key, rotary)
+        queries_keys, value = attn.split_heads(qkv)
+        turned = apply_rotary(queries_keys, rotary)
+        query, key = turned.split([attn.num_heads, attn.num_key_value_heads], dim=2)
         if kv_cache is not None:
             key, value = kv_cache.update(attn.layer, key, value)
         if backend == "eager":
@@ -193,15 +194,19 @@ class UnifiedAttention(nn.Module, AttentionModuleMixin):
         """Choose the backend of this layer, see `check_backend`."""
         cast("UnifiedAttnProcessor", self.processor)._attention_backend = name
 
-    def split_heads(self, qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries, keys and values, (batch, length, heads, head_dim), normalised if asked for."""
+    def split_heads(self, qkv: Tensor) -> tuple[Tensor, Tensor]:
+        """Queries and keys side by side, normalised if asked for; values.
+
+        Both are (batch, length, heads, head_dim).
+        """
         heads = qkv.view(*qkv.shape[:2], -1, self.head_dim)
-        groups = [self.num_heads, self.num_key_value_heads, self.num_key_value_heads]
-        query, key, value = heads.split(groups, dim=2)
+        count = self.num_heads + self.num_key_value_heads
+        queries_keys, value = heads.split([count, self.num_key_value_heads], dim=2)
         if self.norm_q is not None and self.norm_k is not None:
-            query = _cast_norm(self.norm_q, query)
-            key = _cast_norm(self.norm_k, key)
-        return query, key, value
+            query, key = queries_keys.split([self.num_heads, self.num_key_value_heads], dim=2)
+            normed = _cast_norm(self.norm_q, query), _cast_norm(self.norm_k, key)
+            queries_keys = torch.cat(normed, dim=2)
+        return queries_keys, value
 
     def forward(
         self,

@@ -9,6 +9,8 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from multimodal_dlm.models.attention_plan import AttentionPlan
+from multimodal_dlm.models.noise_conditioning import Modulation, NoiseConditioning
+from multimodal_dlm.models.positions import Rotary
 
 
 @dataclass(frozen=True)
@@ -72,7 +74,27 @@ class Tokens:
         return [row.tobytes() for row in torch.cat(parts, dim=1).cpu().numpy()]
 
 
-class LayerStore(ABC):
+class Derived:
+    """What a forward derives from levels and positions alone: here made afresh each time."""
+
+    def modulation(self, conditioning: NoiseConditioning, tokens: Tokens) -> Modulation | None:
+        """The noise conditioning of some tokens."""
+        return conditioning(tokens.noise_levels, tokens.conditioning_embeds)
+
+    def rotary(
+        self,
+        make: Callable[[Tensor, torch.dtype], Rotary],
+        position_ids: Int[Tensor, "batch length axes"],
+        dtype: torch.dtype,
+    ) -> Rotary:
+        """`make(position_ids, dtype)`."""
+        return make(position_ids, dtype)
+
+
+FRESH = Derived()
+
+
+class LayerStore(Derived, ABC):
     """Takes the keys and values of one layer and gives back those to attend to."""
 
     @property

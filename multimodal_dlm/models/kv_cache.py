@@ -12,7 +12,7 @@ many questions, the unconditional branch of every row) they are computed once fo
 kept for later calls.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -22,6 +22,8 @@ from torch import Tensor
 from multimodal_dlm.errors import ConfigError
 from multimodal_dlm.models.attention_plan import AttentionPlan
 from multimodal_dlm.models.cache_base import Compute, KeyValueCache, Tokens, previous_columns
+from multimodal_dlm.models.noise_conditioning import Modulation, NoiseConditioning
+from multimodal_dlm.models.positions import Rotary
 from multimodal_dlm.models.prefix_memory import Prefix, PrefixMemory, Recorder
 
 
@@ -82,6 +84,7 @@ class ExactCache(KeyValueCache):
         self._whole = plan
         self._beyond = int(plan.order.max()) + 1 if plan.order.numel() else 0
         self._current: int | None = None
+        self._read: Sequence[int] | slice | None = None
         self._reach: int | None = None
         self._wanted = -1
         self._memory = PrefixMemory(0) if memory is None else memory
@@ -98,6 +101,8 @@ class ExactCache(KeyValueCache):
         self._num_final = 0
         self._current = None
         self._keys_values: dict[int, tuple[Tensor, Tensor]] = {}
+        self._views: dict[int, _Views] = {}
+        self._turned: tuple[Tensor, Rotary] | None = None
         self._states: Tensor | None = None
         self._pending: _Base | None = None
 
@@ -113,9 +118,13 @@ class ExactCache(KeyValueCache):
         the one before it, so a causal step computes one column, the token that was written last.
         Without it the forwards compute everything up to the lowest order with a free mask.
         """
+        if columns == self._read:
+            return
         part = self._source_order[:, columns]
+        self._read = columns
         self._reach = int(part.max()) if part.numel() else None
 
+    @torch.no_grad()
     def run(self, compute: Compute, tokens: Tokens) -> Float[Tensor, "batch length width"]:
         """States of the whole canvas, 0 in columns that have not been computed yet."""
         self._share_base(compute, tokens)
@@ -125,7 +134,7 @@ class ExactCache(KeyValueCache):
     def select_rows(self, rows: Int[Tensor, " rows"]) -> None:
         """Go on with some of the rows."""
         self.is_free, self._whole = self.is_free[rows], self._whole.select_rows(rows)
-        self._source_order = self._source_order[rows]
+        self._source_order, self._read = self._source_order[rows], None
         self.plan = self._whole.select(self.open, self.kept)
         if self._kept_ids is not None:
             self._kept_ids = self._kept_ids[rows]
@@ -134,6 +143,23 @@ class ExactCache(KeyValueCache):
         self._keys_values = {
             layer: (keys[rows], values[rows]) for layer, (keys, values) in self._keys_values.items()
         }
+        self._views = {}
+
+    def modulation(self, conditioning: NoiseConditioning, tokens: Tokens) -> Modulation | None:
+        """The noise conditioning of some tokens, whose tables are kept by the levels present."""
+        return self._memory.levels.modulation(conditioning, tokens)
+
+    def rotary(
+        self,
+        make: Callable[[Tensor, torch.dtype], Rotary],
+        position_ids: Int[Tensor, "batch length axes"],
+        dtype: torch.dtype,
+    ) -> Rotary:
+        """`make(position_ids, dtype)`, or what it gave at the last forward of these positions."""
+        known = self._turned
+        if known is None or known[1].cos.dtype != dtype or not torch.equal(known[0], position_ids):
+            self._turned = known = (position_ids, make(position_ids, dtype))
+        return known[1]
 
     def begin(
         self,
@@ -191,21 +217,26 @@ class ExactCache(KeyValueCache):
             keys: Of the open columns, (batch, open, heads, dim).
             values: The same.
         """
+        first, last = len(self.kept), len(self.kept) + keys.shape[1]
         if layer not in self._keys_values:
             shape = (keys.shape[0], self.length, *keys.shape[2:])
             self._keys_values[layer] = (keys.new_empty(shape), values.new_empty(shape))
-        first, last = len(self.kept), len(self.kept) + keys.shape[1]
-        whole_keys, whole_values = self._keys_values[layer]
-        whole_keys[:, first:last] = keys.detach()
-        whole_values[:, first:last] = values.detach()
-        return whole_keys[:, :last], whole_values[:, :last]
+        views = self._views.get(layer)
+        if views is None or views.span != (first, last):
+            whole = self._keys_values[layer]
+            written = (whole[0][:, first:last], whole[1][:, first:last])
+            views = _Views((first, last), written, (whole[0][:, :last], whole[1][:, :last]))
+            self._views[layer] = views
+        views.written[0].copy_(keys)
+        views.written[1].copy_(values)
+        return views.seen
 
     def finish(self, hidden_states: Float[Tensor, "batch open width"]) -> Tensor:
         """States of the whole canvas, 0 in columns that have not been computed yet."""
         if self._states is None:
             shape = (hidden_states.shape[0], self.length, hidden_states.shape[-1])
             self._states = hidden_states.new_zeros(shape)
-        self._states[:, self.open] = hidden_states.detach()
+        self._states = self._states.index_copy(1, self.open, hidden_states)
         if self._num_final:
             self.kept = torch.cat([self.kept, self.open[: self._num_final]])
             self.open = self.open[self._num_final :]
@@ -213,7 +244,7 @@ class ExactCache(KeyValueCache):
             self._num_final = 0
         if self._pending is not None:
             self._remember(self._pending)
-        return self._states.clone()
+        return self._states
 
     # The columns of the lowest order.
 
@@ -270,6 +301,7 @@ class ExactCache(KeyValueCache):
             for row, (own_keys, own_values) in enumerate(for_layer):
                 keys[row, :count], values[row, :count] = own_keys, own_values
             self._keys_values[layer] = (keys, values)
+        self._views = {}
         states = given[0].states
         self._states = states.new_zeros((rows, self.length, states.shape[-1]))
         self._states[:, base.columns] = torch.stack([prefix.states for prefix in given])
@@ -290,6 +322,15 @@ class ExactCache(KeyValueCache):
                 }
                 found[key] = Prefix(parts, self._states[row, base.columns])
             self._memory.add(found)
+
+
+@dataclass(frozen=True)
+class _Views:
+    """Columns of one layer's keys and values: those of this forward, and all that are seen."""
+
+    span: tuple[int, int]
+    written: tuple[Tensor, Tensor]
+    seen: tuple[Tensor, Tensor]
 
 
 @dataclass(frozen=True)

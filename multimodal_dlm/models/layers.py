@@ -48,14 +48,11 @@ class RMSNorm(nn.Module):
             flat = hidden_states.flatten(0, 1)
             normed = NormModulate.apply(flat, factor, shift, rows, one_hot, self.eps)
             return normed.view_as(hidden_states)
-        weight = self.weight.to(dtype)
-        normed = F.rms_norm(hidden_states, weight.shape, weight, self.eps)
         if gating is None:
-            return normed
-        rows = gating.modulation.rows
-        return normed * F.embedding(rows, (1 + gating.scale).to(dtype)) + F.embedding(
-            rows, gating.shift.to(dtype)
-        )
+            return F.rms_norm(hidden_states, self.weight.shape, self.weight.to(dtype), self.eps)
+        shift, factor, _ = gating.of_tokens(self.weight, dtype)
+        normed = F.rms_norm(hidden_states, self.weight.shape, None, self.eps)
+        return torch.addcmul(shift, normed, factor)
 
     def tables(self, hidden_states: Tensor, gating: Gating | None) -> Tables:
         """This norm and the gating of its half as the native kernels take them."""
@@ -77,16 +74,18 @@ def add_gated(
     hidden_states: Float[Tensor, "batch length width"],
     update: Float[Tensor, "batch length width"],
     gating: Gating | None,
+    norm: RMSNorm,
 ) -> Float[Tensor, "batch length width"]:
-    """hidden_states + update x (1 + gate of the token's level)."""
+    """hidden_states + update x (1 + gate of the token's level); `norm` is that of the same half."""
     if gating is None:
         return hidden_states + update
-    gate = (1 + gating.gate).to(hidden_states.dtype)
     if use_fused(hidden_states) and update.dtype == hidden_states.dtype:
+        gate = (1 + gating.gate).to(hidden_states.dtype)
         rows, one_hot = gating.modulation.flat_rows, gating.modulation.one_hot
         flat = hidden_states.flatten(0, 1), update.flatten(0, 1)
         return GatedAdd.apply(*flat, gate, rows, one_hot).view_as(hidden_states)
-    return hidden_states + update * F.embedding(gating.modulation.rows, gate)
+    *_, gate = gating.of_tokens(norm.weight, hidden_states.dtype)
+    return torch.addcmul(hidden_states, update, gate)
 
 
 class SwiGLU(nn.Module):

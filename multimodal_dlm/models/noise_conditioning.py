@@ -33,14 +33,23 @@ class Modulation:
     Args:
         features: One row for each level present, (rows, width).
         rows: Row of `features` for each token, (batch, length).
+        known: Tables that earlier forwards made of the same features, by the parameter and the half
+            they are for; None where nothing is kept.
     """
 
     features: Float[Tensor, "rows width"]
     rows: Int[Tensor, "batch length"]
+    known: dict[tuple[Tensor, int], Tensor] | None = None
 
     def tables(self, offset: Float[Tensor, "six width"]) -> tuple[Tensor, ...]:
         """Shift, scale, gate of the attention and of the MLP, each (rows, width)."""
         return (self.features + offset.flatten().to(self.features.dtype)).chunk(6, dim=-1)
+
+    def gatings(self, offset: Float[Tensor, "six width"]) -> "tuple[Gating, Gating]":
+        """What the attention and the MLP of a block take."""
+        is_known = self.known is not None and (offset, 1) in self.known
+        tables = () if is_known else self.tables(offset)
+        return Gating(self, (offset, 0), tables[:3], []), Gating(self, (offset, 1), tables[3:], [])
 
     @cached_property
     def flat_rows(self) -> Int[Tensor, " tokens"]:
@@ -60,19 +69,52 @@ class Modulation:
 
 
 class Gating(NamedTuple):
-    """The part of a modulation that one half of a block takes; tables (rows, width).
+    """The part of a modulation that one half of a block takes.
 
     Args:
         modulation: Which row each token takes.
-        shift: Added to the normalised token.
-        scale: 1 + scale is multiplied into it before.
-        gate: 1 + gate is multiplied into the half's output.
+        key: The block's own offset and the half, by which a finished table is known.
+        tables: Shift, scale and gate, (rows, width) each; none where a finished table is known.
+        made: What `of_tokens` gave, for the second time it is asked.
     """
 
     modulation: Modulation
-    shift: Tensor
-    scale: Tensor
-    gate: Tensor
+    key: tuple[Tensor, int]
+    tables: tuple[Tensor, ...]
+    made: list[Tensor]
+
+    @property
+    def shift(self) -> Float[Tensor, "rows width"]:
+        """Added to the normalised token."""
+        return self.tables[0]
+
+    @property
+    def scale(self) -> Float[Tensor, "rows width"]:
+        """1 + scale is multiplied into it before."""
+        return self.tables[1]
+
+    @property
+    def gate(self) -> Float[Tensor, "rows width"]:
+        """1 + gate is multiplied into the half's output."""
+        return self.tables[2]
+
+    def of_tokens(self, weight: Float[Tensor, " width"], dtype: torch.dtype) -> list[Tensor]:
+        """Shift, weight x (1 + scale) and 1 + gate of each token, (batch, length, width) each.
+
+        Args:
+            weight: Of the half's norm.
+            dtype: Of the result.
+        """
+        if not self.made:
+            known = self.modulation.known
+            table = None if known is None else known.get(self.key)
+            if table is None:
+                factor = weight * (1 + self.scale)
+                table = torch.cat([self.shift, factor, 1 + self.gate], dim=-1).to(dtype)
+                if known is not None:
+                    known[self.key] = table
+            self.made.extend(F.embedding(self.modulation.rows, table).chunk(3, dim=-1))
+        return self.made
 
 
 class NoiseConditioning(nn.Module):

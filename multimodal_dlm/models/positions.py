@@ -7,6 +7,7 @@ is Llama's. With several, each axis owns a share of the frequencies.
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from jaxtyping import Float, Int
@@ -21,6 +22,11 @@ class Rotary:
 
     cos: Float[Tensor, "batch length dim"]
     sin: Float[Tensor, "batch length dim"]
+
+    @cached_property
+    def by_head(self) -> tuple[Tensor, Tensor]:
+        """Both tables as (batch, length, 1, dim)."""
+        return self.cos.unsqueeze(2), self.sin.unsqueeze(2)
 
 
 def check_axes(axes_dims: Sequence[int], rotary_dim: int) -> tuple[int, ...]:
@@ -74,9 +80,9 @@ def apply_rotary(
     heads: Float[Tensor, "batch length heads dim"], rotary: Rotary
 ) -> Float[Tensor, "batch length heads dim"]:
     """Rotate the first rotary dimensions of each head and leave the others alone."""
-    cos, sin = rotary.cos.unsqueeze(2), rotary.sin.unsqueeze(2)
+    cos, sin = rotary.by_head
     dim = cos.shape[-1]
-    turned = heads[..., :dim]
-    swapped = torch.cat([turned[..., dim // 2 :], turned[..., : dim // 2]], dim=-1)
-    rotated = turned * cos + swapped * sin
-    return rotated if dim == heads.shape[-1] else torch.cat([rotated, heads[..., dim:]], dim=-1)
+    is_whole = dim == heads.shape[-1]
+    turned = heads if is_whole else heads[..., :dim]
+    rotated = torch.addcmul(turned * cos, turned.roll(dim // 2, dims=-1), sin)
+    return rotated if is_whole else torch.cat([rotated, heads[..., dim:]], dim=-1)

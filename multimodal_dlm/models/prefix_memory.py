@@ -1,4 +1,4 @@
-"""Prefixes of earlier calls: keys, values and states of a row's columns of the lowest order."""
+"""What calls leave to later ones: prefixes, and the tables of noise levels that were met."""
 
 from collections import OrderedDict
 from collections.abc import Mapping
@@ -9,8 +9,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from multimodal_dlm.models.cache_base import LayerStore
+from multimodal_dlm.models.cache_base import LayerStore, Tokens
+from multimodal_dlm.models.noise_conditioning import Modulation, NoiseConditioning, level_index
 
+NUM_LEVEL_SETS = 64  # A window of n tokens written one by one meets n of them.
 _PROBE = 8  # First values of each parameter that are compared from call to call.
 
 
@@ -46,6 +48,35 @@ class Recorder(LayerStore):
         return Prefix(parts, states[row].detach())
 
 
+class LevelMemory:
+    """Features and finished tables by the set of levels present, the oldest dropped first."""
+
+    def __init__(self) -> None:
+        self._entries: OrderedDict[tuple[int, ...], tuple[Tensor, dict]] = OrderedDict()
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+    def clear(self) -> None:
+        """Forget everything."""
+        self._entries.clear()
+
+    def modulation(self, conditioning: NoiseConditioning, tokens: Tokens) -> Modulation | None:
+        """What `conditioning` says of some tokens; its network runs on new sets of levels only."""
+        if conditioning.kind == "none" or tokens.has_conditioning:
+            return conditioning(tokens.noise_levels, tokens.conditioning_embeds)
+        levels, rows = level_index(tokens.noise_levels).unique(return_inverse=True)
+        key = tuple(levels.tolist())
+        if key not in self._entries:
+            made = conditioning(tokens.noise_levels)
+            self._entries[key] = (made.features, {})
+            if len(self._entries) > NUM_LEVEL_SETS:
+                self._entries.popitem(last=False)
+        features, known = self._entries[key]
+        self._entries.move_to_end(key)
+        return Modulation(features, rows, known)
+
+
 class PrefixMemory:
     """Prefixes by content, the least recently used dropped first; emptied when weights change.
 
@@ -55,6 +86,7 @@ class PrefixMemory:
 
     def __init__(self, capacity: int) -> None:
         self.capacity = capacity
+        self.levels = LevelMemory()
         self._entries: OrderedDict[bytes, Prefix] = OrderedDict()
         self._weights: tuple[Any, ...] | None = None
 
@@ -92,8 +124,16 @@ class PrefixMemory:
                 torch.get_autocast_dtype(device) if is_cast else None,
                 *((p.data_ptr(), p.dtype) for p in parameters),
             ),
-            torch.cat([p.detach().flatten()[:_PROBE].double().cpu() for p in parameters]),
+            torch.cat([_probe(p) for p in parameters]),
         )
         before, self._weights = self._weights, now
         if before is None or before[:2] != now[:2] or not torch.equal(before[2], now[2]):
             self._entries.clear()
+            self.levels.clear()
+
+
+@torch.no_grad()
+def _probe(parameter: Tensor) -> Float[Tensor, " first"]:
+    """The first values, in float32 where they are so and else in float64."""
+    values = parameter.flatten()[:_PROBE].cpu()
+    return values if values.dtype == torch.float32 else values.double()

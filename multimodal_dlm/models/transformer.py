@@ -33,6 +33,7 @@ from multimodal_dlm.errors import BackendError, ConfigError
 from multimodal_dlm.models.attention import OWN_BACKENDS, UnifiedAttention, check_backend
 from multimodal_dlm.models.attention_plan import AttentionPlan
 from multimodal_dlm.models.cache_base import (
+    FRESH,
     KeyValueCache,
     LayerStore,
     Tokens,
@@ -94,8 +95,7 @@ class UnifiedTransformerBlock(nn.Module):
         """(batch, length, width) in and out."""
         first = second = None
         if modulation is not None and self.scale_shift_table is not None:
-            parts = modulation.tables(self.scale_shift_table)
-            first, second = Gating(modulation, *parts[:3]), Gating(modulation, *parts[3:])
+            first, second = modulation.gatings(self.scale_shift_table)
         attn, layers = self.attn, (self.attn.to_qkv, self.attn.to_out)
         if (
             kv_cache is None
@@ -111,18 +111,17 @@ class UnifiedTransformerBlock(nn.Module):
             )
         else:
             attended = attn(self.norm1(hidden_states, first), rotary, plan, kv_cache)
-            hidden_states = add_gated(hidden_states, attended, first)
+            hidden_states = add_gated(hidden_states, attended, first, self.norm1)
         return self._transform(hidden_states, second)
 
     def _transform(self, hidden_states: Tensor, gating: Gating | None) -> Tensor:
         """The second half of the block."""
-        layers = self.mlp.gate_up_proj, self.mlp.down_proj
-        sizes = hidden_states.shape[-1], self.mlp.inner_size
-        is_alone = is_unhooked(self.mlp) and is_unhooked(self.norm2)
-        if is_alone and can_run(hidden_states, layers, *sizes):
-            tables = self.norm2.tables(hidden_states, gating)
-            return gated_mlp(hidden_states, tables, layers, self.norm2.eps, self._packed[1])
-        return add_gated(hidden_states, self.mlp(self.norm2(hidden_states, gating)), gating)
+        mlp, norm = self.mlp, self.norm2
+        layers, sizes = (mlp.gate_up_proj, mlp.down_proj), (hidden_states.shape[-1], mlp.inner_size)
+        if can_run(hidden_states, layers, *sizes) and is_unhooked(mlp) and is_unhooked(norm):
+            tables = norm.tables(hidden_states, gating)
+            return gated_mlp(hidden_states, tables, layers, norm.eps, self._packed[1])
+        return add_gated(hidden_states, mlp(norm(hidden_states, gating)), gating, norm)
 
 
 class Head(nn.Module):
@@ -315,17 +314,13 @@ class UnifiedTransformerModel(
         if hidden_states.shape[1] == 0:
             return hidden_states
         noise_levels = tokens.noise_levels
-        modulation = self.level_conditioning(noise_levels, tokens.conditioning_embeds)
+        store = FRESH if kv_cache is None else kv_cache
+        modulation = store.modulation(self.level_conditioning, tokens)
         if modulation is not None and self.level_conditioning.kind == "additive":
             added = self.level_conditioning.token_embedding(modulation, noise_levels > 0)
             hidden_states = hidden_states + added.to(hidden_states.dtype)
             modulation = None
-        rotary = rotary_tables(
-            tokens.position_ids,
-            axes_dims=self.rotary_axes,
-            theta=self.config["rope_theta"],
-            dtype=hidden_states.dtype,
-        )
+        rotary = store.rotary(self._rotary, tokens.position_ids, hidden_states.dtype)
         checkpoint = cast(Any, self._gradient_checkpointing_func)
         for block in self.blocks:
             if torch.is_grad_enabled() and self.gradient_checkpointing:
@@ -333,6 +328,11 @@ class UnifiedTransformerModel(
             else:
                 hidden_states = block(hidden_states, rotary, plan, modulation, kv_cache)
         return self.norm(hidden_states)
+
+    def _rotary(self, position_ids: Tensor, dtype: torch.dtype) -> Rotary:
+        """Rotary tables of the tokens given."""
+        theta = self.config["rope_theta"]
+        return rotary_tables(position_ids, axes_dims=self.rotary_axes, theta=theta, dtype=dtype)
 
     def _compute_dtype(self, hidden_states: Tensor) -> torch.dtype:
         """bf16 activations under autocast, so that elementwise work is not done in float32."""

@@ -5,7 +5,10 @@ import torch
 
 from multimodal_dlm.errors import ConfigError
 from multimodal_dlm.models.attention_plan import AttentionPlan
+from multimodal_dlm.models.cache_base import Tokens
 from multimodal_dlm.models.kv_cache import ExactCache, ExactCacheConfig
+from multimodal_dlm.models.noise_conditioning import NoiseConditioning
+from multimodal_dlm.models.prefix_memory import NUM_LEVEL_SETS, LevelMemory
 from tests.models.tiny import make_canvas, run, tiny_model, tolerance
 
 ORDERS = {
@@ -192,6 +195,108 @@ def test_columns_that_are_asked_for_are_computed_whatever_waits_below():
     cached = run(model, again, attention_plan=plan, kv_cache=cache)
     assert torch.allclose(cached, run(model, again, attention_plan=plan), atol=1e-5)
     assert cache.kept.tolist() == [0, 1, 2]
+
+
+def tokens_of(canvas, levels, **changed):
+    return Tokens(canvas.input_ids, None, levels, canvas.position_ids, **changed)
+
+
+def test_known_tables_of_levels_equal_fresh_ones_and_follow_the_levels():
+    model = tiny_model()
+    canvas = make_canvas(torch.zeros(2, 6, dtype=torch.long))
+    memory, conditioning = LevelMemory(), model.level_conditioning
+    block = model.blocks[1]
+    calls = []
+    conditioning.register_forward_hook(lambda *_: calls.append(1))
+    first = torch.tensor([[0.0, 0.5, 0.5, 0.25, 0.0, 0.0], [1.0] * 6])
+    second = torch.tensor([[0.0, 0.5, 0.5, 0.75, 0.0, 0.0], [1.0] * 6])
+    for levels, num_calls in ((first, 1), (second, 2), (first.flip(1), 2), (second, 2)):
+        known = memory.modulation(conditioning, tokens_of(canvas, levels))
+        assert len(calls) == num_calls
+        fresh = NoiseConditioning.forward(conditioning, levels)
+        assert torch.equal(known.features, fresh.features)
+        assert torch.equal(known.rows, fresh.rows)
+        both = (known.gatings(block.scale_shift_table), fresh.gatings(block.scale_shift_table))
+        for kept, made in zip(*both, strict=True):
+            parts = zip(
+                kept.of_tokens(block.norm1.weight, torch.float32),
+                made.of_tokens(block.norm1.weight, torch.float32),
+                strict=True,
+            )
+            assert all(torch.equal(ours, theirs) for ours, theirs in parts)
+    assert [len(known) for _, known in memory._entries.values()] == [2, 2]
+    extra = torch.ones(2, 32)
+    with_extra = memory.modulation(
+        conditioning, tokens_of(canvas, first, conditioning_embeds=extra)
+    )
+    assert with_extra.known is None  # Such features belong to their rows.
+
+
+def test_only_so_many_sets_of_levels_are_kept():
+    model = tiny_model()
+    canvas = make_canvas(torch.zeros(1, 1, dtype=torch.long))
+    memory = LevelMemory()
+    for level in range(NUM_LEVEL_SETS + 3):
+        levels = torch.tensor([[level / 256]])
+        memory.modulation(model.level_conditioning, tokens_of(canvas, levels))
+    assert len(memory) == NUM_LEVEL_SETS
+    assert (NUM_LEVEL_SETS + 2,) in memory._entries
+    assert (0,) not in memory._entries
+
+
+def test_known_levels_are_forgotten_with_the_weights():
+    """A second call takes the tables of the first; after a change of weights it may not."""
+    model = tiny_model().double()
+    canvas = free_canvas(ORDERS["prefix"])
+    plan = AttentionPlan.from_canvas(canvas)
+    model.enable_cache(ExactCacheConfig())
+    calls = []
+    model.level_conditioning.register_forward_hook(lambda *_: calls.append(1))
+
+    def call():
+        calls.clear()
+        cache = model.new_cache(plan, canvas.is_free)
+        found = run(model, canvas, attention_plan=plan, kv_cache=cache)
+        num_calls = len(calls)
+        assert (found - run(model, canvas, attention_plan=plan)).abs().max() < 1e-10
+        return num_calls
+
+    assert (call(), call(), call()) == (1, 1, 0)  # Then without, then with a known prefix.
+    with torch.no_grad():
+        model.level_conditioning.linear_out.weight.mul_(1.5)
+        model.blocks[0].scale_shift_table.add_(0.3)
+    assert call() == 1
+
+
+def test_known_rotary_tables_follow_positions_and_dtype():
+    model = tiny_model()
+    canvas = free_canvas(ORDERS["prefix"])
+    cache = ExactCache(AttentionPlan.from_canvas(canvas), canvas.is_free)
+    positions = canvas.position_ids
+    first = cache.rotary(model._rotary, positions, torch.float32)
+    assert cache.rotary(model._rotary, positions.clone(), torch.float32) is first
+    for changed, dtype in (
+        (positions + 1, torch.float32),
+        (positions[:, 2:], torch.float32),
+        (positions[:, 2:], torch.float64),
+        (positions, torch.float64),
+    ):
+        found, fresh = cache.rotary(model._rotary, changed, dtype), model._rotary(changed, dtype)
+        assert torch.equal(found.cos, fresh.cos)
+        assert torch.equal(found.sin, fresh.sin)
+
+
+def test_states_given_out_are_not_changed_by_later_forwards():
+    model = tiny_model()
+    canvas = free_canvas(ORDERS["prefix"])
+    plan = AttentionPlan.from_canvas(canvas)
+    cache = ExactCache(plan, canvas.is_free)
+    given = []
+    for current in steps(canvas, model.vocabulary):
+        states = run(model, current, attention_plan=plan, kv_cache=cache)
+        given.append((states, states.clone()))
+    assert all(torch.equal(states, before) for states, before in given)
+    assert not torch.equal(given[0][0], given[1][0])
 
 
 def test_full_attention_gets_no_cache():
