@@ -2,9 +2,10 @@
 
 Rows: one caption at 16 steps with 64 and 256 image tokens, and eight questions about one picture.
 The picture and the question are the prefix, computed once a call with the cache and at every step
-without it. Settings are interleaved in one process; each figure is the median. Without
-`--pipeline` the backbone of the released size has random weights, which take as long; 256 tokens
-always have random weights. Codes are given, so the image tokenizer takes no part.
+without it. Settings are interleaved in one process; each figure is the median, with the quartiles
+beside it. `step` says where one step of the first row goes after the first. Without `--pipeline`
+the backbone of the released size has random weights, which take as long; 256 tokens always have
+random weights. Codes are given, so the image tokenizer takes no part.
 
     OMP_NUM_THREADS=2 python benchmarks/image_to_text.py --json out/image_to_text.json
 """
@@ -12,11 +13,14 @@ always have random weights. Codes are given, so the image tokenizer takes no par
 import argparse
 import statistics
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from reporting import finish
+from step_parts import OperatorCount, step_parts
 
 from multimodal_dlm.layout import make_layout
 from multimodal_dlm.models.kv_cache import ExactCacheConfig
@@ -61,9 +65,11 @@ def random_pipeline(side: int) -> UnifiedImageToTextPipeline:
     )
 
 
-def caption(pipeline: Any, codes: Any) -> Any:
+def caption(pipeline: Any, codes: Any, **options: Any) -> Any:
     """One caption; returns its ids."""
-    return pipeline(codes=codes, gen_length=CAPTION_LENGTH, num_inference_steps=NUM_STEPS).sequences
+    return pipeline(
+        codes=codes, gen_length=CAPTION_LENGTH, num_inference_steps=NUM_STEPS, **options
+    ).sequences
 
 
 def answers(pipeline: Any, codes: Any) -> Any:
@@ -72,9 +78,17 @@ def answers(pipeline: Any, codes: Any) -> Any:
     return pipeline(codes=rows, question=QUESTIONS, num_inference_steps=NUM_STEPS).sequences
 
 
-def measure(repeats: int, pipeline: Any, dtype: torch.dtype) -> list[dict[str, Any]]:
-    """Median seconds of every row, cached and not; the first round is warm-up."""
-    pipelines = {8: pipeline, 16: random_pipeline(16)}
+@contextmanager
+def cache(pipeline: Any, is_on: bool) -> Iterator[None]:
+    """The exact cache of this call alone, or none."""
+    if is_on:
+        pipeline.transformer.enable_cache(ExactCacheConfig())
+    yield
+    pipeline.transformer.disable_cache()
+
+
+def measure(repeats: int, pipelines: dict[int, Any]) -> list[dict[str, Any]]:
+    """Seconds, forwards and operators of every row, cached and not; the first round is warm-up."""
     rows = {
         "caption_64_tokens": (8, caption),
         "caption_256_tokens": (16, caption),
@@ -84,33 +98,52 @@ def measure(repeats: int, pipeline: Any, dtype: torch.dtype) -> list[dict[str, A
     codes = {side: (torch.randint(0, 2560, (1, side, side), generator=draw),) for side in pipelines}
     seconds: dict[tuple[str, bool], list[float]] = {}
     ids: dict[tuple[str, bool], Any] = {}
-    for each in pipelines.values():
-        each.set_progress_bar_config(disable=True)
-        each.transformer.to(dtype)
     for round_number in range(repeats + 1):
         for name, (side, run) in rows.items():
             for has_cache in (False, True):
-                transformer = pipelines[side].transformer
-                if has_cache:
-                    transformer.enable_cache(ExactCacheConfig())
-                start = time.perf_counter()
-                ids[name, has_cache] = run(pipelines[side], codes[side])
-                taken = time.perf_counter() - start
-                transformer.disable_cache()
+                with cache(pipelines[side], has_cache):
+                    start = time.perf_counter()
+                    ids[name, has_cache] = run(pipelines[side], codes[side])
+                    taken = time.perf_counter() - start
                 if round_number:
                     seconds.setdefault((name, has_cache), []).append(taken)
-    return [
-        {
+    report = []
+    for name, (side, run) in rows.items():
+        whole, kept = seconds[name, False], seconds[name, True]
+        row: dict[str, Any] = {
             "row": name,
-            "seconds_full_recompute": round(statistics.median(seconds[name, False]), 4),
-            "seconds_exact_cache": round(statistics.median(seconds[name, True]), 4),
-            "ratio": round(
-                statistics.median(seconds[name, False]) / statistics.median(seconds[name, True]), 3
-            ),
+            "seconds_full_recompute": round(statistics.median(whole), 4),
+            "seconds_exact_cache": round(statistics.median(kept), 4),
+            "quartiles_full_recompute": quartiles(whole),
+            "quartiles_exact_cache": quartiles(kept),
+            "ratio": round(statistics.median(whole) / statistics.median(kept), 3),
             "identical_ids": bool(torch.equal(ids[name, False], ids[name, True])),
         }
-        for name in rows
-    ]
+        for has_cache, key in ((False, "full_recompute"), (True, "exact_cache")):
+            with cache(pipelines[side], has_cache), OperatorCount() as count:
+                run(pipelines[side], codes[side])
+            row[f"operators_{key}"] = count.total
+        report.append({**row, "forwards": pipelines[side].num_forwards})
+    return report
+
+
+def quartiles(values: list[float]) -> list[float]:
+    """The first and the third quartile."""
+    parts = statistics.quantiles(values, n=4, method="inclusive") if len(values) > 1 else values * 3
+    return [round(parts[0], 4), round(parts[2], 4)]
+
+
+def step_table(repeats: int, pipeline: Any) -> dict[str, Any]:
+    """Where a step of the first row goes after the first, with the cache and without it."""
+    draw = torch.Generator().manual_seed(0)
+    codes = (torch.randint(0, 2560, (1, 8, 8), generator=draw),)
+    table = {}
+    for has_cache, key in ((True, "exact_cache"), (False, "full_recompute")):
+        with cache(pipeline, has_cache):
+            table[key] = step_parts(
+                lambda mark: caption(pipeline, codes, callback_on_step_end=mark), repeats
+            )
+    return table
 
 
 def main() -> None:
@@ -126,7 +159,11 @@ def main() -> None:
         if args.pipeline
         else random_pipeline(8)
     )
-    rows = measure(args.repeats, pipeline, getattr(torch, args.dtype))
+    pipelines = {8: pipeline, 16: random_pipeline(16)}
+    for each in pipelines.values():
+        each.set_progress_bar_config(disable=True)
+        each.transformer.to(getattr(torch, args.dtype))
+    rows = measure(args.repeats, pipelines)
     by_name = {row["row"]: row["ratio"] for row in rows}
     report = {
         "ratios": {
@@ -136,6 +173,7 @@ def main() -> None:
         },
         "denominator": "the same call in the same process without a cache",
         "rows": rows,
+        "step": step_table(args.repeats, pipeline),
         "steps": NUM_STEPS,
         "dtype": args.dtype,
         "pipeline": args.pipeline,

@@ -56,7 +56,8 @@ def report(tmp_path, monkeypatch, capsys):
 
 def test_every_script_is_listed():
     helpers = {
-        "amused", "drawing_quality", "live_bytes", "reporting", "research_loop", "storm_run",
+        "amused", "drawing_quality", "live_bytes", "reporting", "research_loop", "step_parts",
+        "storm_run",
     }  # fmt: skip
     scripts = {path.stem for path in FOLDER.glob("*.py")} - helpers
     assert scripts == set(OPTIONS)
@@ -155,7 +156,36 @@ def test_image_to_text(report):
     assert set(found["ratios"]) == {
         "caption_prefix", "caption_prefix_256_tokens", "vqa_shared_image",
     }  # fmt: skip
-    assert all(row["identical_ids"] for row in found["rows"])
+    for row in found["rows"]:
+        assert row["identical_ids"]
+        assert row["forwards"] > 1
+        for key in ("full_recompute", "exact_cache"):
+            low, high = row[f"quartiles_{key}"]
+            assert 0 < low <= row[f"seconds_{key}"] <= high
+            assert row[f"operators_{key}"] > 100 * row["forwards"]
+    for parts in found["step"].values():
+        assert set(parts) == {
+            "linear", "attention", "rest of the forward", "head", "sampling", "loop",
+        }  # fmt: skip
+        assert abs(sum(part["share"] for part in parts.values()) - 1) < 0.01
+        assert all(part["operators"] > 0 for part in parts.values())
+
+
+def test_parts_of_a_step_are_disjoint_and_whole(monkeypatch):
+    """Three steps of known parts: what an inner part does is not counted for the outer one."""
+    monkeypatch.syspath_prepend(str(FOLDER))
+    step_parts = importlib.import_module("step_parts")
+    layer, ones = torch.nn.Linear(4, 4, bias=False), torch.ones(2, 4)
+
+    def run(mark):
+        for step in range(3):
+            layer(ones)  # t, mm
+            _ = ones + 1
+            mark(None, step, 1.0, {})
+
+    found = step_parts.step_parts(torch.no_grad()(run), 2)
+    assert {name: part["operators"] for name, part in found.items()} == {"linear": 2, "loop": 1}
+    assert abs(sum(part["share"] for part in found.values()) - 1) < 0.01
 
 
 @pytest.mark.slow
