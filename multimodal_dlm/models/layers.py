@@ -13,7 +13,7 @@ from multimodal_dlm.models.fused import (
     wide_linear,
 )
 from multimodal_dlm.models.native.functions import Tables
-from multimodal_dlm.models.noise_conditioning import Gating
+from multimodal_dlm.models.noise_conditioning import Gating, token_tables
 
 
 class RMSNorm(nn.Module):
@@ -50,7 +50,7 @@ class RMSNorm(nn.Module):
             return normed.view_as(hidden_states)
         if gating is None:
             return F.rms_norm(hidden_states, self.weight.shape, self.weight.to(dtype), self.eps)
-        shift, factor, _ = gating.of_tokens(self.weight, dtype)
+        shift, factor, _ = token_tables(gating, self.weight, dtype)
         normed = F.rms_norm(hidden_states, self.weight.shape, None, self.eps)
         return torch.addcmul(shift, normed, factor)
 
@@ -84,7 +84,7 @@ def add_gated(
         rows, one_hot = gating.modulation.flat_rows, gating.modulation.one_hot
         flat = hidden_states.flatten(0, 1), update.flatten(0, 1)
         return GatedAdd.apply(*flat, gate, rows, one_hot).view_as(hidden_states)
-    *_, gate = gating.of_tokens(norm.weight, hidden_states.dtype)
+    *_, gate = token_tables(gating, norm.weight, hidden_states.dtype)
     return torch.addcmul(hidden_states, update, gate)
 
 

@@ -75,7 +75,7 @@ class Gating(NamedTuple):
         modulation: Which row each token takes.
         key: The block's own offset and the half, by which a finished table is known.
         tables: Shift, scale and gate, (rows, width) each; none where a finished table is known.
-        made: What `of_tokens` gave, for the second time it is asked.
+        made: What `token_tables` gave, for the second time it is asked.
     """
 
     modulation: Modulation
@@ -98,23 +98,27 @@ class Gating(NamedTuple):
         """1 + gate is multiplied into the half's output."""
         return self.tables[2]
 
-    def of_tokens(self, weight: Float[Tensor, " width"], dtype: torch.dtype) -> list[Tensor]:
-        """Shift, weight x (1 + scale) and 1 + gate of each token, (batch, length, width) each.
 
-        Args:
-            weight: Of the half's norm.
-            dtype: Of the result.
-        """
-        if not self.made:
-            known = self.modulation.known
-            table = None if known is None else known.get(self.key)
-            if table is None:
-                factor = weight * (1 + self.scale)
-                table = torch.cat([self.shift, factor, 1 + self.gate], dim=-1).to(dtype)
-                if known is not None:
-                    known[self.key] = table
-            self.made.extend(F.embedding(self.modulation.rows, table).chunk(3, dim=-1))
-        return self.made
+def token_tables(
+    gating: Gating, weight: Float[Tensor, " width"], dtype: torch.dtype
+) -> list[Tensor]:
+    """Shift, weight x (1 + scale) and 1 + gate of each token, (batch, length, width) each.
+
+    Args:
+        gating: Of a half of a block.
+        weight: Of the half's norm.
+        dtype: Of the result.
+    """
+    if not gating.made:
+        known = gating.modulation.known
+        table = None if known is None else known.get(gating.key)
+        if table is None:
+            shift, scale, gate = gating.tables
+            table = torch.cat([shift, weight * (1 + scale), 1 + gate], dim=-1).to(dtype)
+            if known is not None:
+                known[gating.key] = table
+        gating.made.extend(F.embedding(gating.modulation.rows, table).chunk(3, dim=-1))
+    return gating.made
 
 
 class NoiseConditioning(nn.Module):

@@ -6,8 +6,7 @@ is Llama's. With several, each axis owns a share of the frequencies.
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
-from functools import cached_property
+from dataclasses import dataclass, field
 
 import torch
 from jaxtyping import Float, Int
@@ -18,15 +17,20 @@ from multimodal_dlm.errors import ConfigError
 
 @dataclass(frozen=True)
 class Rotary:
-    """Cosines and signed sines (-sin on the first half), (batch, length, rotary_dim)."""
+    """Cosines and signed sines (-sin on the first half), (batch, length, rotary_dim).
+
+    Args:
+        cos: Cosines.
+        sin: Signed sines.
+        by_head: Both as (batch, length, 1, rotary_dim).
+    """
 
     cos: Float[Tensor, "batch length dim"]
     sin: Float[Tensor, "batch length dim"]
+    by_head: tuple[Tensor, Tensor] = field(init=False, repr=False, compare=False)
 
-    @cached_property
-    def by_head(self) -> tuple[Tensor, Tensor]:
-        """Both tables as (batch, length, 1, dim)."""
-        return self.cos.unsqueeze(2), self.sin.unsqueeze(2)
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "by_head", (self.cos.unsqueeze(2), self.sin.unsqueeze(2)))
 
 
 def check_axes(axes_dims: Sequence[int], rotary_dim: int) -> tuple[int, ...]:

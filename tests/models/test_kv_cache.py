@@ -7,7 +7,7 @@ from multimodal_dlm.errors import ConfigError
 from multimodal_dlm.models.attention_plan import AttentionPlan
 from multimodal_dlm.models.cache_base import Tokens
 from multimodal_dlm.models.kv_cache import ExactCache, ExactCacheConfig
-from multimodal_dlm.models.noise_conditioning import NoiseConditioning
+from multimodal_dlm.models.noise_conditioning import NoiseConditioning, token_tables
 from multimodal_dlm.models.prefix_memory import NUM_LEVEL_SETS, LevelMemory
 from tests.models.tiny import make_canvas, run, tiny_model, tolerance
 
@@ -219,8 +219,8 @@ def test_known_tables_of_levels_equal_fresh_ones_and_follow_the_levels():
         both = (known.gatings(block.scale_shift_table), fresh.gatings(block.scale_shift_table))
         for kept, made in zip(*both, strict=True):
             parts = zip(
-                kept.of_tokens(block.norm1.weight, torch.float32),
-                made.of_tokens(block.norm1.weight, torch.float32),
+                token_tables(kept, block.norm1.weight, torch.float32),
+                token_tables(made, block.norm1.weight, torch.float32),
                 strict=True,
             )
             assert all(torch.equal(ours, theirs) for ours, theirs in parts)
