@@ -84,19 +84,25 @@ class Gating(NamedTuple):
     made: list[Tensor]
 
     @property
+    def own(self) -> tuple[Tensor, ...]:
+        """`tables`, also where a finished table is known."""
+        offset, half = self.key
+        return self.tables or self.modulation.tables(offset)[3 * half : 3 * half + 3]
+
+    @property
     def shift(self) -> Float[Tensor, "rows width"]:
         """Added to the normalised token."""
-        return self.tables[0]
+        return self.own[0]
 
     @property
     def scale(self) -> Float[Tensor, "rows width"]:
         """1 + scale is multiplied into it before."""
-        return self.tables[1]
+        return self.own[1]
 
     @property
     def gate(self) -> Float[Tensor, "rows width"]:
         """1 + gate is multiplied into the half's output."""
-        return self.tables[2]
+        return self.own[2]
 
 
 def token_tables(

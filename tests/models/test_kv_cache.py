@@ -224,6 +224,8 @@ def test_known_tables_of_levels_equal_fresh_ones_and_follow_the_levels():
                 strict=True,
             )
             assert all(torch.equal(ours, theirs) for ours, theirs in parts)
+            assert torch.equal(kept.shift, made.shift)  # Also once the finished table is known.
+            assert torch.equal(kept.gate, made.gate)
     assert [len(known) for _, known in memory._entries.values()] == [2, 2]
     extra = torch.ones(2, 32)
     with_extra = memory.modulation(
