@@ -177,6 +177,12 @@ class LevelGroups:
         return (masked / self.totals)[self.keys].view(is_masked.shape) * is_masked
 
 
+def causal_order(canvas: Canvas) -> Int[Tensor, "batch length"]:
+    """Rank of each token by (attention order, column): a strict order within the row."""
+    columns = torch.arange(canvas.length, device=canvas.device)
+    return (canvas.order * canvas.length + columns).argsort(dim=1).argsort(dim=1)
+
+
 def _group_keys(canvas: Canvas) -> Int[Tensor, "batch length"]:
     """A small non-negative integer naming (document, window, order) at each position."""
     num_windows = int(canvas.window_ids.max()) + 1 if canvas.window_ids.numel() else 1
@@ -188,11 +194,13 @@ def _group_keys(canvas: Canvas) -> Int[Tensor, "batch length"]:
 def _window_runs(window_ids: Int[Tensor, "batch length"]) -> dict[int, slice]:
     """Windows and the columns they span, in order, read from the first row."""
     runs: dict[int, slice] = {}
-    row = window_ids[0].tolist() if window_ids.shape[0] else []
-    for column, window in enumerate(row):
+    values, counts = torch.unique_consecutive(window_ids[:1].flatten(), return_counts=True)
+    column = 0
+    for window, count in zip(values.tolist(), counts.tolist(), strict=True):
         if window != STRUCTURE_WINDOW:
             first = runs[window].start if window in runs else column
-            runs[window] = slice(first, column + 1)
+            runs[window] = slice(first, column + count)
+        column += count
     return runs
 
 

@@ -19,9 +19,10 @@ from multimodal_dlm.errors import ConfigError, unknown_name
 from multimodal_dlm.vocabulary import UnifiedVocabulary
 
 LAYOUT_NAME = "unified_v1"
-CONDITION_ATTENTIONS = ("prefix", "full")
+CONDITION_ATTENTIONS = ("prefix", "full", "causal")
 Text = str | list[int]  # A text, or its codes.
-_ENTRIES = ("name", "max_window", "unconditional_window", "condition_attention")
+_REQUIRED = ("name", "max_window", "unconditional_window", "condition_attention")
+_ENTRIES = (*_REQUIRED, "block_lengths")
 
 
 @dataclass(frozen=True)
@@ -33,7 +34,8 @@ class TrainingRow:
         codes: Image codes, one integer array (h, w) per level; None when the row has no image.
         instruction: Question or command, or its text codes; None or empty for none.
         text: Caption or answer, or its text codes.
-        window_draw: A uniform number in [0, 1) that sets the length of a free text window.
+        window_draw: A uniform number in [0, 1) that sets the length of a free text window, or the
+            length of the blocks it is written in.
     """
 
     task: str
@@ -51,15 +53,22 @@ class LayoutRow:
         has_image: Starts with `<boi>` and closes its picture with `<eoi>`; else with `<bos>`.
         ids: Unified ids by window; absent windows are empty.
         is_free: Free flags by window, as long as its ids.
-        order: Attention order by window.
+        order: Attention order by window, of the whole window or of each of its positions.
     """
 
     has_image: bool
     ids: dict[int, np.ndarray] = field(default_factory=dict)
     is_free: dict[int, np.ndarray] = field(default_factory=dict)
-    order: dict[int, int] = field(default_factory=dict)
+    order: dict[int, int | np.ndarray] = field(default_factory=dict)
 
-    def put(self, window: int, ids: np.ndarray, *, is_free: bool | np.ndarray, order: int) -> None:
+    def put(
+        self,
+        window: int,
+        ids: np.ndarray,
+        *,
+        is_free: bool | np.ndarray,
+        order: int | np.ndarray,
+    ) -> None:
         """Set a window."""
         self.ids[window] = ids
         self.is_free[window] = np.broadcast_to(np.asarray(is_free, bool), ids.shape)
@@ -87,6 +96,7 @@ def make_layout(
     num_image_tokens: int,
     unconditional_text: int = 8,
     condition_attention: str = "prefix",
+    block_lengths: Sequence[int] = (),
 ) -> dict[str, Any]:
     """The `layout` entry of `transformer/config.json`.
 
@@ -94,30 +104,36 @@ def make_layout(
         max_text: Longest text window, `<eos>` included.
         num_image_tokens: Tokens of a picture, all levels.
         unconditional_text: Masks that stand for "no caption" in the unconditional branch.
-        condition_attention: `prefix` (the condition never sees what is generated) or `full`.
+        condition_attention: `prefix` (the condition never sees what is generated), `full`, or
+            `causal` (a token sees what comes before it in the order of the windows).
+        block_lengths: Lengths of the blocks that answers are written in, one after the other, each
+            seeing those before it; training draws among them, the first is the default of
+            generation. None writes an answer in one piece.
     """
-    return check_layout(
-        {
-            "name": LAYOUT_NAME,
-            "max_window": {"text": max_text, "image": num_image_tokens},
-            "unconditional_window": {"text": unconditional_text, "image": num_image_tokens},
-            "condition_attention": condition_attention,
-        }
-    )
+    layout: dict[str, Any] = {
+        "name": LAYOUT_NAME,
+        "max_window": {"text": max_text, "image": num_image_tokens},
+        "unconditional_window": {"text": unconditional_text, "image": num_image_tokens},
+        "condition_attention": condition_attention,
+    }
+    if block_lengths:
+        layout["block_lengths"] = {"text": list(block_lengths)}
+    return check_layout(layout)
 
 
 def check_layout(layout: Mapping[str, Any]) -> dict[str, Any]:
     """Return the layout as a plain dict.
 
     Raises:
-        ConfigError: When an entry is missing or unknown, or a window has no length.
+        ConfigError: When an entry is missing or unknown, a window has no length, or blocks go with
+            attention that has no use for them.
     """
     for name in layout:
         if name not in _ENTRIES:
             raise unknown_name("layout entry", name, _ENTRIES)
-    missing = [name for name in _ENTRIES if name not in layout]
+    missing = [name for name in _REQUIRED if name not in layout]
     if missing:
-        raise ConfigError(f"`layout` must have the entries {_ENTRIES}; missing {missing}.")
+        raise ConfigError(f"`layout` must have the entries {_REQUIRED}; missing {missing}.")
     if layout["name"] != LAYOUT_NAME:
         raise unknown_name("layout", str(layout["name"]), [LAYOUT_NAME])
     if layout["condition_attention"] not in CONDITION_ATTENTIONS:
@@ -135,7 +151,33 @@ def check_layout(layout: Mapping[str, Any]) -> dict[str, Any]:
             "`layout.unconditional_window.text` must not exceed `max_window.text`; got"
             f" {windows['unconditional_window']['text']} and {windows['max_window']['text']}."
         )
+    _check_blocks(layout)
     return {**layout, **windows}
+
+
+def _check_blocks(layout: Mapping[str, Any]) -> None:
+    lengths = layout.get("block_lengths", {}).get("text", [])
+    if any(not isinstance(length, int) or length < 1 for length in lengths):
+        raise ConfigError(
+            f"`layout.block_lengths.text` must be whole numbers, 1 or more; got {lengths}. Use"
+            " [16]."
+        )
+    if lengths and layout["condition_attention"] != "prefix":
+        raise ConfigError(
+            "`layout.block_lengths` needs `condition_attention: prefix`; got"
+            f" `{layout['condition_attention']}`. Leave one of them out: a causal answer is written"
+            " token by token, and under full attention the condition sees the answer."
+        )
+
+
+def text_blocks(layout: Mapping[str, Any]) -> tuple[int, ...]:
+    """Lengths of the blocks of an answer, the default first; none when it is written in one piece.
+
+    A causal row is written in blocks of one token.
+    """
+    if layout["condition_attention"] == "causal":
+        return (1,)
+    return tuple(layout.get("block_lengths", {}).get("text", ()))
 
 
 def assemble(
@@ -199,7 +241,7 @@ def _put_structure(
     arrays["input_ids"][present, column] = ids[present]
     arrays["is_padding"][present, column] = False
     arrays["modality_ids"][has_image, column] = vocabulary.modality_id(picture.modality)
-    arrays["order"][:, column] = [row.order.get(picture.id, 0) for row in rows]
+    arrays["order"][:, column] = [int(np.min(row.order.get(picture.id, 0))) for row in rows]
     return column + 1
 
 
@@ -218,7 +260,10 @@ def _put_window(
     for index, row in enumerate(rows):
         ids = row.ids.get(window.id, ())
         kept = slice(column, column + len(ids))
-        arrays["order"][index, part] = row.order.get(window.id, 0)
+        order = np.asarray(row.order.get(window.id, 0))
+        if order.ndim:  # What pads the window goes on with its last block.
+            order = np.pad(order, (0, width - len(order)), mode="edge")
+        arrays["order"][index, part] = order
         if len(ids):
             arrays["input_ids"][index, kept] = ids
             arrays["is_free"][index, kept] = row.is_free[window.id]

@@ -18,34 +18,22 @@ import torch
 from jaxtyping import Bool
 from torch import Tensor
 
-from multimodal_dlm.canvas import Canvas
+from multimodal_dlm.canvas import Canvas, causal_order
 from multimodal_dlm.errors import CanvasError, ConfigError, unknown_name
-from multimodal_dlm.layout import LayoutRow, Text, TrainingRow, Window, assemble, check_layout
+from multimodal_dlm.layout import (
+    LayoutRow,
+    Text,
+    TrainingRow,
+    Window,
+    assemble,
+    check_layout,
+    text_blocks,
+)
+from multimodal_dlm.tasks import TASKS, check_score_inputs
 from multimodal_dlm.tokenizers.text import encode_text
 from multimodal_dlm.vocabulary import UnifiedVocabulary
 
 MASK_MARKER = "[MASK]"
-TASKS = (
-    "text_to_image",
-    "caption",
-    "vqa",
-    "joint",
-    "unconditional_image",
-    "unconditional_text",
-    "text",
-)
-
-# What `score` takes for a task: True is needed, False refused, absent is either.
-SCORE_INPUTS: dict[str, dict[str, bool]] = {
-    "text_to_image": {"codes": True, "texts": True, "questions": False},
-    "caption": {"codes": True, "texts": True, "questions": False},
-    "vqa": {"codes": True, "texts": True, "questions": True},
-    "joint": {"codes": True, "texts": True, "questions": False},
-    "unconditional_image": {"codes": True, "texts": False, "questions": False},
-    "unconditional_text": {"texts": True, "questions": False},
-    "text": {"codes": False, "texts": True, "questions": True},
-}
-
 Codes = tuple[Tensor, ...]
 
 
@@ -86,6 +74,7 @@ class UnifiedProcessor:
     ) -> None:
         self.vocabulary = vocabulary
         self.layout = check_layout(layout)
+        self.blocks = text_blocks(self.layout)
         self.tokenizer = tokenizer
         self.image_grids = tuple((int(h), int(w)) for h, w in image_grids)
         self.image_windows = tuple(range(1, len(self.image_grids) + 1))
@@ -129,7 +118,7 @@ class UnifiedProcessor:
         asked = self._matching(questions, len(pictures), "questions")
         window = self._masked_text(gen_length)
         rows = [
-            self._text_row(picture, question, window)
+            self._text_row(picture, question, window, self._block())
             for picture, question in zip(pictures, asked, strict=True)
         ]
         return self._assemble(rows)
@@ -144,10 +133,16 @@ class UnifiedProcessor:
             rows.append(row)
         return self._assemble(rows)
 
-    def text(self, prompts: Sequence[str | None], *, gen_length: int) -> Canvas:
-        """Text alone: prompts are instructions, answers are masked and free."""
+    def text(
+        self, prompts: Sequence[str | None], *, gen_length: int, block_length: int | None = None
+    ) -> Canvas:
+        """Text alone: prompts are instructions, answers are masked and free.
+
+        Answers are written in blocks of `block_length`, by default the first of the layout's.
+        """
         window = self._masked_text(gen_length)
-        return self._assemble([self._text_row(None, p, window) for p in prompts])
+        block = self._block(block_length)
+        return self._assemble([self._text_row(None, p, window, block) for p in prompts])
 
     def inpaint(
         self, codes: Codes, is_hole: Bool[Tensor, "batch h w"], prompts: Sequence[str]
@@ -180,7 +175,7 @@ class UnifiedProcessor:
             for index, piece in enumerate(template.split(MASK_MARKER)):
                 parts += [mask] * (index > 0) + self._encode(piece).tolist()
             ids = self._checked(np.array([*parts, self._eos], dtype=np.int64), template)
-            row = self._text_row(picture, None, ids)
+            row = self._text_row(picture, None, ids, self._block())
             row.is_free[self.answer_window] = ids == mask
             rows.append(row)
         return self._assemble(rows)
@@ -200,18 +195,8 @@ class UnifiedProcessor:
         Raises:
             ConfigError: When the task is unknown, lacks an input or has one too many.
         """
-        if task not in SCORE_INPUTS:
-            raise unknown_name("task", task, SCORE_INPUTS)
         inputs = {"codes": codes[0] if codes else None, "texts": texts, "questions": questions}
-        for name, part in inputs.items():
-            is_given = part is not None
-            if SCORE_INPUTS[task].get(name, is_given) != is_given:
-                raise ConfigError(
-                    f"Task `{task}` {'has no place for' if is_given else 'needs'} `{name}`; got"
-                    f" {'some' if is_given else 'none'}. It takes {_listed_inputs(task)}."
-                )
-            if is_given and name != "codes" and any(entry is None for entry in part or ()):
-                raise ConfigError(f"`{name}` must be one string a row; got None among them.")
+        check_score_inputs(task, inputs)
         given = [part for part in inputs.values() if part is not None]
         count = len(given[0])
         rows = [
@@ -277,10 +262,8 @@ class UnifiedProcessor:
             raise unknown_name("task", row.task, TASKS)
         picture = None
         if row.codes is not None:
-            picture = [
-                self._codes_to_ids(np.asarray(level), index)
-                for index, level in enumerate(row.codes)
-            ]
+            levels = (np.asarray(level) for level in row.codes)
+            picture = [self._codes_to_ids(level, index) for index, level in enumerate(levels)]
         takes_none = row.task == "unconditional_text" and picture is None
         needs_image = row.task != "text" and not takes_none
         if needs_image != (picture is not None):
@@ -290,8 +273,9 @@ class UnifiedProcessor:
             )
         if row.task in ("text_to_image", "unconditional_image", "joint"):
             return self._training_image_row(row, picture or [])
-        window = self._window(row.text or "", row.window_draw)
-        built = self._text_row(picture, row.instruction, window)
+        block = self.blocks[int(row.window_draw * len(self.blocks))] if self.blocks else None
+        window = self._window(row.text or "", row.window_draw, block)
+        built = self._text_row(picture, row.instruction, window, block)
         if row.task == "unconditional_text" and picture is not None:
             for index in self.image_windows:
                 built.ids[index] = np.full_like(
@@ -379,15 +363,19 @@ class UnifiedProcessor:
         """Content and `<eos>`, without fill."""
         return self._checked(np.append(self._encode(text), self._eos), text)
 
-    def _window(self, text: Text, draw: float) -> np.ndarray:
-        """Content, `<eos>` and a random run of `<fill>`.
+    def _window(self, text: Text, draw: float, block: int | None = None) -> np.ndarray:
+        """Content, `<eos>` and a random run of `<fill>`, or what fills the last block.
 
         Its length is log-uniform on those that hold the text: nothing of the text but that it must
-        fit sets the prior, so that a longer window does not ask for a longer text.
+        fit sets the prior, so that a longer window does not ask for a longer text. A block does not
+        see those behind it: the text ends with the block that has its `<eos>`.
         """
         ids = self._condition(text)
         shortest, longest = len(ids), self.layout["max_window"]["text"]
-        length = math.floor(shortest * ((longest + 1) / shortest) ** draw)
+        if block is None:
+            length = math.floor(shortest * ((longest + 1) / shortest) ** draw)
+        else:
+            length = math.ceil(shortest / block) * block
         extra = min(length, longest) - shortest
         return np.append(ids, np.full(extra, self._fill, dtype=np.int64))
 
@@ -402,7 +390,7 @@ class UnifiedProcessor:
     def _image_row(self, text: Text | np.ndarray, order: tuple[int, int] = (0, 1)) -> LayoutRow:
         """A row whose image is masked and free; `order` is (caption, image)."""
         ids = text if isinstance(text, np.ndarray) else self._condition(text)
-        order = order if self.layout["condition_attention"] == "prefix" else (0, 0)
+        order = order if self.layout["condition_attention"] != "full" else (0, 0)
         mask = self.vocabulary.mask_token_id("image")
         row = LayoutRow(True)
         for window, (height, width) in zip(self.image_windows, self.image_grids, strict=True):
@@ -416,9 +404,10 @@ class UnifiedProcessor:
         picture: Sequence[np.ndarray] | None,
         instruction: Text | None,
         answer: np.ndarray,
+        block: int | None = None,
     ) -> LayoutRow:
         """A row whose answer is free, given a picture, an instruction, both or neither."""
-        is_prefix = self.layout["condition_attention"] == "prefix"
+        is_prefix = self.layout["condition_attention"] != "full"
         row = LayoutRow(picture is not None)
         if picture is not None:
             for window, ids in zip(self.image_windows, picture, strict=True):
@@ -426,8 +415,23 @@ class UnifiedProcessor:
         if instruction:
             ids = self._condition(instruction)
             row.put(self.instruction_window, ids, is_free=False, order=1 if is_prefix else 0)
-        row.put(self.answer_window, answer, is_free=True, order=2 if is_prefix else 0)
+        order = np.full(len(answer), 2 if is_prefix else 0)
+        if block is not None:
+            order += np.arange(len(answer)) // block
+        row.put(self.answer_window, answer, is_free=True, order=order)
         return row
+
+    def _block(self, length: int | None = None) -> int | None:
+        """A block length of the layout, by default the first; None where it has none."""
+        if length is None:
+            return self.blocks[0] if self.blocks else None
+        if length not in self.blocks:
+            have = ", ".join(str(block) for block in self.blocks) or "none"
+            raise ConfigError(
+                f"`block_length` must be one the model was trained with ({have}); got {length}."
+                " Leave it out for the default."
+            )
+        return length
 
     def _codes_to_ids(self, codes: np.ndarray, level: int) -> np.ndarray:
         if level >= len(self.image_grids) or codes.shape != self.image_grids[level]:
@@ -471,6 +475,7 @@ class UnifiedProcessor:
             else:
                 ids = self._condition(texts[index])
             row.ids[window], row.is_free[window] = ids, np.zeros(len(ids), bool)
+            row.order[window] = int(np.min(row.order.get(window, 0)))
             rows.append(row)
         return self._assemble(rows).to(canvas.device)
 
@@ -484,12 +489,11 @@ class UnifiedProcessor:
             if bool(kept.any()):
                 row.ids[window] = canvas.input_ids[index, part][kept].cpu().numpy()
                 row.is_free[window] = canvas.is_free[index, part][kept].cpu().numpy()
-                row.order[window] = int(canvas.order[index, part][kept][0])
+                row.order[window] = canvas.order[index, part][kept].cpu().numpy()
         return row
 
     def _assemble(self, rows: Sequence[LayoutRow]) -> Canvas:
-        return assemble(rows, self._windows, self.vocabulary)
-
-
-def _listed_inputs(task: str) -> str:
-    return ", ".join(f"`{name}`" for name, is_needed in SCORE_INPUTS[task].items() if is_needed)
+        canvas = assemble(rows, self._windows, self.vocabulary)
+        if self.layout["condition_attention"] == "causal":
+            return canvas.replace(order=causal_order(canvas))
+        return canvas

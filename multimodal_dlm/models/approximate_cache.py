@@ -101,7 +101,10 @@ class ApproximateCache(KeyValueCache):
         self._read = is_read
 
     def run(self, compute: Compute, tokens: Tokens) -> Float[Tensor, "batch length width"]:
-        """States of the whole canvas, those not computed now as they were last computed."""
+        """States of the whole canvas, those not computed now as they were last computed.
+
+        The next forward writes into them.
+        """
         if tokens.noise_levels.shape[1] != self.length:
             raise ConfigError(
                 f"`kv_cache` was made for {self.length} columns; got"
@@ -117,7 +120,7 @@ class ApproximateCache(KeyValueCache):
             is_open = self._columns(is_masked, is_changed) | self._old()
         is_open &= ~self._whole.is_padding.all(dim=0)
         self._open = is_open.nonzero().flatten()
-        plan = self._whole.queries(self._open)
+        plan = self._whole.queries_at(self._open)
         states = compute(tokens.select(self._open), plan, self).detach()
         if self._states is None:
             self._states = states.new_zeros((len(states), self.length, states.shape[-1]))
@@ -125,7 +128,7 @@ class ApproximateCache(KeyValueCache):
         self._changed_before[:, self._open] = self._num_changed[:, None]
         self._num_forwards += 1
         self.num_columns_computed += len(self._open)
-        return self._states.clone()
+        return self._states
 
     def _note_changes(self, input_ids: Tensor | None) -> Bool[Tensor, "batch length"]:
         """Which tokens are not what they were at the last forward."""

@@ -106,7 +106,8 @@ class UnifiedAttnProcessor:
                 query.transpose(1, 2),
                 key.transpose(1, 2),
                 value.transpose(1, 2),
-                attn_mask=plan.mask,
+                attn_mask=None if plan.is_causal else plan.mask,
+                is_causal=plan.is_causal,
                 enable_gqa=attn.num_heads != attn.num_key_value_heads,
             ).transpose(1, 2)
         else:

@@ -60,17 +60,16 @@ class Tokens:
     def row_keys(
         self,
         is_padding: Bool[Tensor, "batch length"],
-        mask: Bool[Tensor, "batch 1 length length"] | None,
+        document_ids: Int[Tensor, "batch length"],
     ) -> list[bytes]:
-        """For each row everything its states depend on, as bytes; padding is not seen."""
+        """For each row everything its states depend on, as bytes, where all have one order."""
         assert self.input_ids is not None
         parts = [
             self.input_ids.masked_fill(is_padding, -1),
             self.position_ids.masked_fill(is_padding[..., None], -1).flatten(1),
             self.noise_levels.double().masked_fill(is_padding, -1).view(torch.int64),
+            document_ids.masked_fill(is_padding, -1),
         ]
-        if mask is not None:
-            parts.append(mask.flatten(1).to(torch.int64))
         return [row.tobytes() for row in torch.cat(parts, dim=1).cpu().numpy()]
 
 
@@ -120,7 +119,10 @@ class KeyValueCache(LayerStore):
 
     @abstractmethod
     def run(self, compute: Compute, tokens: Tokens) -> Float[Tensor, "batch length width"]:
-        """States of the whole canvas, those not computed now as they were last computed."""
+        """States of the whole canvas, those not computed now as they were last computed.
+
+        The next forward may write into them.
+        """
 
     @abstractmethod
     def select_rows(self, rows: Int[Tensor, " rows"]) -> None:

@@ -26,6 +26,8 @@ from multimodal_dlm.models.noise_conditioning import Modulation, NoiseConditioni
 from multimodal_dlm.models.positions import Rotary
 from multimodal_dlm.models.prefix_memory import Prefix, PrefixMemory, Recorder
 
+LONG = 256  # Columns; a mask between as many and those that see them costs more than a forward.
+
 
 @dataclass(frozen=True)
 class ExactCacheConfig:
@@ -129,7 +131,17 @@ class ExactCache(KeyValueCache):
         """States of the whole canvas, 0 in columns that have not been computed yet."""
         self._share_base(compute, tokens)
         columns = self.begin(tokens.noise_levels, tokens.input_ids)
+        if LONG <= self._num_final < len(columns):
+            columns = self._finish_final(compute, tokens)
         return self.finish(compute(tokens.select(columns), self.plan, self))
+
+    def _finish_final(self, compute: Compute, tokens: Tokens) -> Int[Tensor, " open"]:
+        """Compute what is final by itself, so that no mask is needed; returns what is left."""
+        rest, self.open = self.open[self._num_final :], self.open[: self._num_final]
+        self.plan = self._whole.select(self.open, self.kept)
+        self.finish(compute(tokens.select(self.open), self.plan, self))
+        self.open, self.plan = rest, self._whole.select(rest, self.kept)
+        return rest
 
     def select_rows(self, rows: Int[Tensor, " rows"]) -> None:
         """Go on with some of the rows."""
@@ -232,7 +244,11 @@ class ExactCache(KeyValueCache):
         return views.seen
 
     def finish(self, hidden_states: Float[Tensor, "batch open width"]) -> Tensor:
-        """States of the whole canvas, 0 in columns that have not been computed yet."""
+        """States of the whole canvas, 0 in columns that have not been computed yet.
+
+        They are the cache's own: a copy of the canvas's states at every forward would cost as much
+        as a small forward.
+        """
         if self._states is None:
             shape = (hidden_states.shape[0], self.length, hidden_states.shape[-1])
             self._states = hidden_states.new_zeros(shape)
@@ -285,9 +301,9 @@ class ExactCache(KeyValueCache):
             return None
         if not bool((~is_base & ~padding).any()):
             return None  # Nothing would be left to compute with it.
-        part = tokens.select(columns)
-        mask = self._whole.restrict(columns).mask
-        return _Base(columns, part.row_keys(padding[:, columns], mask))
+        documents = self._whole.document_ids[:, columns]
+        keys = tokens.select(columns).row_keys(padding[:, columns], documents)
+        return _Base(columns, keys)
 
     def _adopt(self, base: "_Base", prefixes: Sequence[Prefix | None], tokens: Tokens) -> None:
         """Begin with the base kept."""

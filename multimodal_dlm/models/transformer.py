@@ -321,6 +321,7 @@ class UnifiedTransformerModel(
             hidden_states = hidden_states + added.to(hidden_states.dtype)
             modulation = None
         rotary = store.rotary(self._rotary, tokens.position_ids, hidden_states.dtype)
+        plan.prepare()
         checkpoint = cast(Any, self._gradient_checkpointing_func)
         for block in self.blocks:
             if torch.is_grad_enabled() and self.gradient_checkpointing:

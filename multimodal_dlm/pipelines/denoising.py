@@ -8,7 +8,6 @@ knows no modality by name, no mask schedule and no tokenizer.
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from functools import reduce
 from typing import Any
 
 import torch
@@ -113,8 +112,14 @@ class _Forwards:
             self.lanes[branch.name] = _Lane(canvas, plan, cache, LevelGroups.of(canvas))
 
     def focus(self, rows: Tensor) -> None:
-        """Compute these rows from now on: plans and caches follow, and begin anew for new ones."""
+        """Compute these rows from now on: plans and caches follow, and begin anew for new ones.
+
+        Where a cache keeps much, leaving rows out copies it: at least half of them go at once.
+        """
         if torch.equal(rows, self.rows):
+            return
+        is_kept = any(lane.cache is not None for lane in self.lanes.values())
+        if is_kept and 2 * len(rows) > len(self.rows) and bool(torch.isin(rows, self.rows).all()):
             return
         if not bool(torch.isin(rows, self.rows).all()):
             self._prepare(rows)
@@ -274,12 +279,13 @@ class _Loop:
         )
 
     def _fill_ended(self, run: GroupRun) -> None:
-        """Fill a block for free in the rows whose window ended in an earlier block."""
+        """Fill a block and those after it for free in rows whose window ended in an earlier one."""
         group, settings = run.group, run.state.settings
         if not group.start or settings.eos_column is None or settings.fill_column is None:
             return
-        part = group.columns(self.canvas)
-        before = self.canvas.input_ids[:, part.start - group.start : part.start]
+        window = self.canvas.window_slice(group.window)
+        part = slice(window.start + group.start, window.stop)
+        before = self.canvas.input_ids[:, window.start : part.start]
         first = self.vocabulary.columns(group.modality).start
         has_ended = (before == first + settings.eos_column).any(dim=1, keepdim=True)
         is_masked = self.vocabulary.is_masked(self.canvas.input_ids[:, part])
@@ -332,9 +338,8 @@ class _Loop:
             for branch in restrict(self.forwards.branches, guided)
             if any(branch.serves(run.group.window) for run in runs)
         ]
-        # Rows with a free mask in one of the groups; the others are not computed.
-        is_unfinished = reduce(torch.logical_or, (rows for _, rows in begun))
-        self.forwards.focus(is_unfinished.nonzero().flatten())
+        # A row that has finished its block stays for the next: what is kept of it would be lost.
+        self.forwards.focus(self.is_waiting.any(dim=1).nonzero().flatten())
         outputs = {
             branch.name: self.forwards(
                 branch, [run.group for run in runs if branch.serves(run.group.window)]

@@ -145,11 +145,17 @@ class ScoringMixin:
             One estimate per row, with a 95 % interval over masks (`low`, `high`).
 
         Raises:
-            ConfigError: When the task is unknown, an input is missing or too many, or `num_draws`
-                is odd or below 2.
+            ConfigError: When the task is unknown, an input is missing or too many, `num_draws` is
+                odd or below 2, or the model writes texts in blocks.
         """
         if task not in TASKS:
             raise unknown_name("task", task, TASKS)
+        if self.processor.blocks:
+            raise ConfigError(
+                "`score` needs a model that writes a text in one piece; this one writes blocks of"
+                f" {', '.join(map(str, self.processor.blocks))} tokens. Read `eval/nelbo` of its"
+                " training run instead."
+            )
         if image is not None or codes is not None:
             codes = self._given_codes(image, codes)  # type: ignore[attr-defined]
         canvas = self.processor.score(

@@ -38,6 +38,7 @@ class UnifiedTextGenerationPipeline(UnifiedPipeline):
         template: str | Sequence[str] | None = None,
         image: Any = None,
         gen_length: int | None = None,
+        block_length: int | None = None,
         num_inference_steps: int | None = None,
         guidance_scale: float = 1.0,
         guidance_start: float = 0.0,
@@ -60,7 +61,10 @@ class UnifiedTextGenerationPipeline(UnifiedPipeline):
             gen_length: Longest text in tokens, its end included, by default 24 or the model's
                 longest text. A text that fits is the same under every limit up to that, see
                 `text_length`. A template has its own length.
-            num_inference_steps: Steps; by default one per position to write.
+            block_length: Length of the blocks a text is written in, one of those the model was
+                trained with; None for its default. A model without blocks has none.
+            num_inference_steps: Steps, shared among the blocks; by default one per position to
+                write. A `commit_rule` of the scheduler takes fewer.
             guidance_scale: g in u + g (c - u); 1.0 is off. The instruction, or the picture of a
                 template, is the condition.
             guidance_start: Share of the steps after which guidance begins.
@@ -109,7 +113,9 @@ class UnifiedTextGenerationPipeline(UnifiedPipeline):
 
         def write(window: int, rows: Sequence[int], streamer: Streamer | None) -> Canvas:
             return run(
-                self.processor.text([prompts[row] for row in rows], gen_length=window),
+                self.processor.text(
+                    [prompts[row] for row in rows], gen_length=window, block_length=block_length
+                ),
                 num_inference_steps=num_inference_steps or window,
                 row_seeds=[row_seeds[row] for row in rows],
                 streamer=streamer,

@@ -173,6 +173,7 @@ def _transformer_job(
         num_image_tokens=height * width * levels,
         unconditional_text=config.model.unconditional_text,
         condition_attention=config.model.condition_attention,
+        block_lengths=config.model.block_lengths,
     )
     model = _build_transformer(config, vocabulary, layout)
     if config.model.init_from is None:

@@ -24,7 +24,10 @@ class ModelConfig:
         init_from: Folder of a saved component (or pipeline) to start from; None for new weights.
         max_text: Longest text window in tokens, `<eos>` included.
         unconditional_text: Masks that stand for "no caption".
-        condition_attention: `prefix` (the condition never sees what is generated) or `full`.
+        condition_attention: `prefix` (the condition never sees what is generated), `full`, or
+            `causal` (each token sees those before it; for `autoregressive`).
+        block_lengths: Lengths of the blocks that answers are written in; training draws among them,
+            the first is the default of generation. None for answers in one piece.
     """
 
     component: Literal["transformer", "image_tokenizer"] = "transformer"
@@ -33,7 +36,8 @@ class ModelConfig:
     init_from: str | None = None
     max_text: int = 32
     unconditional_text: int = 8
-    condition_attention: Literal["prefix", "full"] = "prefix"
+    condition_attention: Literal["prefix", "full", "causal"] = "prefix"
+    block_lengths: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ unpacked rows, with less padding.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import torch
@@ -15,7 +15,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from multimodal_dlm.canvas import Canvas
-from multimodal_dlm.models.attention_plan import AttentionPlan
+from multimodal_dlm.training.dual_stream import Streams
 
 
 @dataclass(frozen=True)
@@ -25,10 +25,12 @@ class Packing:
     Args:
         source: Flat index into (batch, length) of the token at each packed place, -1 for padding.
         target: Flat index into (packed rows, packed length) of each token, -1 for padding.
+        pack_length: Tokens that a packed row may hold.
     """
 
     source: Int[Tensor, "rows packed_length"]
     target: Int[Tensor, "batch length"]
+    pack_length: int
 
     @property
     def num_slots(self) -> int:
@@ -37,7 +39,7 @@ class Packing:
 
     def to(self, device: torch.device) -> "Packing":
         """A copy on another device."""
-        return Packing(self.source.to(device), self.target.to(device))
+        return replace(self, source=self.source.to(device), target=self.target.to(device))
 
     def pack(self, values: Tensor) -> Tensor:
         """(batch, length, ...) -> (rows, packed length, ...); padding repeats the first token."""
@@ -85,7 +87,7 @@ def pack_rows(is_padding: Bool[Tensor, "batch length"], pack_length: int) -> Pac
             source[place, start:stop] = row * is_padding.shape[1] + columns
             target[row, columns] = place * width + torch.arange(start, stop)
             start = stop
-    return Packing(source, target)
+    return Packing(source, target, pack_length)
 
 
 def first_fit(lengths: Sequence[int], capacity: int) -> list[list[int]]:
@@ -112,23 +114,35 @@ def canvas_states(
     canvas: Canvas,
     levels: Float[Tensor, "batch length"],
     packing: Packing | None = None,
+    clean: Canvas | None = None,
 ) -> Any:
     """The backbone's output for a canvas, packed for the forward pass if asked for.
+
+    Blocks see the clean tokens of those before them: where a later block follows, these go along as
+    a second stream, which leaves no trace in the output.
 
     Args:
         model: Backbone.
         canvas: Rows, with the attention orders to use.
         levels: Noise level of each token.
         packing: Of these rows; None runs them as they are.
+        clean: The same rows without noise; None where no block follows another.
     """
-    rows = canvas if packing is None else packing.pack_canvas(canvas)
+    streams = Streams.of(canvas, levels, clean)
+    rows, length = streams.canvas, canvas.length
+    if packing is not None and rows.length > length:
+        packing = pack_rows(rows.is_padding, packing.pack_length).to(canvas.device)
+    if packing is not None:
+        streams = streams.map(packing.pack, packing.pack_canvas(rows))
+        rows = streams.canvas
     output = model(
         rows.input_ids,
-        noise_levels=levels if packing is None else packing.pack(levels),
+        noise_levels=streams.levels,
         modality_ids=rows.modality_ids,
         position_ids=rows.position_ids,
-        attention_plan=AttentionPlan.from_canvas(rows),
+        attention_plan=streams.plan(),
     )
     if packing is not None:
         output.hidden_states = packing.unpack(output.hidden_states)
+    output.hidden_states = output.hidden_states[:, :length]
     return output

@@ -267,3 +267,62 @@ def test_layouts_are_checked():
         make_layout(max_text=16, num_image_tokens=4, condition_attention="prefx")
     with pytest.raises(ConfigError, match="must not exceed"):
         make_layout(max_text=4, num_image_tokens=4)
+
+
+def answer_orders(processor, canvas, row=0):
+    return canvas.order[row, canvas.window_slice(processor.answer_window)].tolist()
+
+
+def test_an_answer_is_written_in_blocks():
+    processor = toy_processor(blocks=(4, 3))
+    canvas = processor.text(["ask", "a"], gen_length=10).validate(processor.vocabulary)
+    for row in range(2):
+        assert answer_orders(processor, canvas, row) == [2] * 4 + [3] * 4 + [4] * 2
+    assert orders(processor, canvas)[processor.instruction_window] == [1]
+    canvas = processor.text(["ask"], gen_length=7, block_length=3)
+    assert answer_orders(processor, canvas) == [2] * 3 + [3] * 3 + [4]
+    with pytest.raises(ConfigError, match=r"trained with \(4, 3\); got 5"):
+        processor.text(["ask"], gen_length=7, block_length=5)
+    with pytest.raises(ConfigError, match=r"trained with \(none\); got 4"):
+        toy_processor().text(["ask"], gen_length=7, block_length=4)
+    picture = processor.image_to_text(CODES, gen_length=6)
+    assert answer_orders(processor, picture) == [2] * 4 + [3] * 2
+    without = processor.unconditional(canvas)
+    assert answer_orders(processor, without) == [2] * 3 + [3] * 3 + [4]
+    assert orders(processor, without)[processor.instruction_window] == [1]
+
+
+def test_training_draws_a_block_length_and_ends_with_the_block_of_eos():
+    processor = toy_processor(blocks=(4, 3))
+    rows = [TrainingRow("text", instruction="q", text="abcde", window_draw=u) for u in (0.1, 0.9)]
+    canvas = processor.training_canvas([*rows, TrainingRow("text", text="abc", window_draw=0.0)])
+    part = canvas.window_slice(processor.answer_window)
+    lengths = canvas.is_free[:, part].sum(dim=1).tolist()
+    assert lengths == [8, 6, 4]  # Six tokens in blocks of 4 and 3; four tokens.
+    assert answer_orders(processor, canvas, 0) == [2] * 4 + [3] * 4
+    assert answer_orders(processor, canvas, 1)[:6] == [2] * 3 + [3] * 3
+
+
+def test_a_causal_row_is_ordered_token_by_token():
+    processor = toy_processor(attention="causal")
+    canvas = processor.text(["ask", "a"], gen_length=4)
+    assert canvas.order.tolist() == [list(range(canvas.length))] * 2
+    drawn = processor.text_to_image(["ab"])
+    image, answer = (drawn.window_slice(w) for w in (1, processor.answer_window))
+    assert int(drawn.order[0, answer].max()) < int(drawn.order[0, image].min())
+    row = TrainingRow("text", instruction="q", text="abc", window_draw=0.9)
+    trained = processor.training_canvas([row])
+    assert int(trained.is_free.sum()) == 4  # No fill: the text ends with its `<eos>`.
+    without = processor.unconditional(canvas)
+    assert without.order.tolist() == [list(range(without.length))] * 2
+
+
+def test_blocks_that_make_no_sense_are_refused():
+    for attention in ("full", "causal"):
+        with pytest.raises(
+            ConfigError, match=f"needs `condition_attention: prefix`; got `{attention}`"
+        ):
+            toy_processor(attention=attention, blocks=(4,))
+    with pytest.raises(ConfigError, match=r"whole numbers, 1 or more; got \[0\]"):
+        toy_processor(blocks=(0,))
+    assert "block_lengths" not in make_layout(max_text=4, num_image_tokens=4, unconditional_text=2)

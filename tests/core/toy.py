@@ -26,7 +26,9 @@ def toy_vocabulary(levels: int = 1) -> UnifiedVocabulary:
     )
 
 
-def toy_processor(*, levels: int = 1, attention: str = "prefix", max_text: int = 16):
+def toy_processor(
+    *, levels: int = 1, attention: str = "prefix", max_text: int = 16, blocks: tuple[int, ...] = ()
+):
     tokens = GRID[0] * GRID[1] * levels
     return UnifiedProcessor(
         vocabulary=toy_vocabulary(levels),
@@ -35,6 +37,7 @@ def toy_processor(*, levels: int = 1, attention: str = "prefix", max_text: int =
             num_image_tokens=tokens,
             unconditional_text=4,
             condition_attention=attention,
+            block_lengths=blocks,
         ),
         tokenizer=CharacterTokenizer(),
         image_grids=(GRID,) * levels,

@@ -122,3 +122,15 @@ def test_bias_is_zero_where_visible_and_minus_infinity_elsewhere():
     bias = plan.bias(torch.float32)
     assert bias[0, 0].tolist() == [[0.0, float("-inf")], [0.0, 0.0]]
     assert plan.bias(torch.float32) is bias
+
+
+def test_causal_rows_are_known_without_a_mask():
+    order = torch.tensor([[0, 1, 2, 3]])
+    assert AttentionPlan.build(order=order).is_causal
+    assert not AttentionPlan.build(order=torch.tensor([[0, 1, 1, 3]])).is_causal
+    assert not AttentionPlan.build(order=torch.tensor([[1, 0, 2, 3]])).is_causal
+    padding = torch.tensor([[False, False, False, True]])
+    assert not AttentionPlan.build(order=order, is_padding=padding).is_causal
+    documents = torch.tensor([[0, 0, 1, 1]])
+    assert not AttentionPlan.build(order=order, document_ids=documents).is_causal
+    assert not AttentionPlan.build(order=order).select(torch.tensor([2, 3])).is_causal

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from multimodal_dlm.models.kv_cache import ExactCacheConfig
 from multimodal_dlm.models.memory import keep_freed_memory
 
 FOLDER = Path(__file__).resolve().parents[2] / "benchmarks"
@@ -33,6 +34,7 @@ OPTIONS = {
     "text_to_image": ["--batches", "1", "2", "--repeats", "1", "--steps", "2", "--curve", "1"],
     "image_to_text": ["--repeats", "1"],
     "kill_storm": ["--kills", "3", "--steps", "12"],
+    "text_generation": ["--preset", "tiny", "--quick"],
 }
 
 
@@ -56,8 +58,8 @@ def report(tmp_path, monkeypatch, capsys):
 
 def test_every_script_is_listed():
     helpers = {
-        "amused", "drawing_quality", "live_bytes", "reporting", "research_loop", "step_parts",
-        "storm_run",
+        "amused", "decoding", "drawing_quality", "live_bytes", "reasoning_setup", "reporting",
+        "research_loop", "step_parts", "storm_run",
     }  # fmt: skip
     scripts = {path.stem for path in FOLDER.glob("*.py")} - helpers
     assert scripts == set(OPTIONS)
@@ -186,6 +188,44 @@ def test_parts_of_a_step_are_disjoint_and_whole(monkeypatch):
     found = step_parts.step_parts(torch.no_grad()(run), 2)
     assert {name: part["operators"] for name, part in found.items()} == {"linear": 2, "loop": 1}
     assert abs(sum(part["share"] for part in found.values()) - 1) < 0.01
+
+
+def test_text_generation(report):
+    found = report("text_generation", "--methods", "autoregressive", "autoregressive_pipeline")
+    assert set(found["ratios"]) == {"autoregressive", "autoregressive_pipeline"}
+    assert all(ratio > 0 for ratio in found["ratios"].values())
+    rows = {row["method"]: row for row in found["rows"]}
+    # Random weights write on to the end, 64 tokens.
+    for name in ("autoregressive", "autoregressive_pipeline"):
+        assert rows[name]["tokens_per_forward"] == pytest.approx(1.0, abs=0.1)
+        assert rows[name]["recompute_factor"] < 1.1
+    assert rows["block_16"]["tokens_per_forward"] > 2
+    # 64 tokens in four blocks, four forwards each; all but the last block computed once more.
+    assert rows["block_16"]["recompute_factor"] == pytest.approx(4.75, abs=0.8)
+    assert rows["block_16"]["kv_mebibytes"] == rows["autoregressive"]["kv_mebibytes"] > 0
+    (stated,) = found["theory"]
+    assert stated["relative_to_one"]["1"] == 1.0
+    cost, needed = stated["relative_to_one"], stated["tokens_per_forward_needed"]["block_16"]
+    assert needed["4_forwards"]["own_commit_forward"] == pytest.approx(cost["16"] * 1.25)
+    assert needed["4_forwards"]["fused"] == pytest.approx((cost["32"] + 3 * cost["16"]) / 4)
+
+
+def test_the_bare_loop_writes_what_the_pipeline_writes(monkeypatch):
+    """The baseline is the same decoding without the pipeline's loop."""
+    monkeypatch.syspath_prepend(str(FOLDER))
+    setup, decoding = (importlib.import_module(n) for n in ("reasoning_setup", "decoding"))
+    _, causal = setup.random_pipelines("tiny")
+    for weight in causal.transformer.parameters():
+        if weight.dim() > 1:
+            torch.nn.init.normal_(weight, std=0.2, generator=torch.Generator().manual_seed(1))
+    causal.transformer.double()
+    causal.set_progress_bar_config(disable=True)
+    (prompts, _), *_ = setup.batches(setup.made_up_items(), 256, 2, 2)
+    found = decoding.decode(causal, prompts, 24)
+    causal.transformer.enable_cache(ExactCacheConfig())
+    expected = causal(prompts, gen_length=24, output_type="seq").sequences
+    assert torch.equal(found[:, :23], expected[:, :23])  # The last place takes `<eos>`.
+    assert len(set(found.flatten().tolist())) > 5
 
 
 @pytest.mark.slow

@@ -6,7 +6,7 @@ import torch
 from multimodal_dlm.errors import ConfigError
 from multimodal_dlm.models.attention_plan import AttentionPlan
 from multimodal_dlm.models.cache_base import Tokens
-from multimodal_dlm.models.kv_cache import ExactCache, ExactCacheConfig
+from multimodal_dlm.models.kv_cache import LONG, ExactCache, ExactCacheConfig
 from multimodal_dlm.models.noise_conditioning import NoiseConditioning, token_tables
 from multimodal_dlm.models.prefix_memory import NUM_LEVEL_SETS, LevelMemory
 from tests.models.tiny import make_canvas, run, tiny_model, tolerance
@@ -299,6 +299,24 @@ def test_states_given_out_are_not_changed_by_later_forwards():
         given.append((states, states.clone()))
     assert all(torch.equal(states, before) for states, before in given)
     assert not torch.equal(given[0][0], given[1][0])
+
+
+def test_a_long_condition_goes_alone_and_takes_no_mask():
+    model = tiny_model().double()
+    order = torch.tensor([[0] * 2 + [1] * LONG + [2] * 3 + [3] * 3] * 2)
+    canvas = make_canvas(order)
+    masked = model.vocabulary.mask_token_id("image")
+    ids = canvas.input_ids.masked_fill(canvas.input_ids == masked, 100)
+    canvas = canvas.replace(is_free=order > 1, input_ids=ids.masked_fill(order > 1, masked))
+    seen, plan = counted(model), AttentionPlan.from_canvas(canvas)
+    cache = ExactCache(plan, canvas.is_free)
+    found = run(model, canvas, attention_plan=plan, kv_cache=cache)
+    assert seen == [2 + LONG, 3]
+    assert cache.plan.mask is None
+    assert "mask" not in vars(plan)  # No mask over the whole canvas was made.
+    expected = run(model, canvas, attention_plan=plan)
+    is_seen = canvas.order <= 2
+    assert (found - expected)[is_seen].abs().max() <= tolerance(torch.float64, expected)
 
 
 def test_full_attention_gets_no_cache():

@@ -18,10 +18,12 @@ SAMPLE = "datasets/sample.yaml"
 
 def test_all_configs_are_found():
     names = [path.relative_to(ROOT / "configs").as_posix() for path in CONFIGS]
-    stages = ("", "_compare", "_end", "_finish", "_shapes", "_teach")
+    stages = ("", "_compare", "_draw", "_end", "_finish", "_shapes", "_teach")
     assert names == [
         "finetune.yaml",
         "lora.yaml",
+        "reasoning_block.yaml",
+        "reasoning_causal.yaml",
         *(f"released{stage}.yaml" for stage in stages),
         "smoke.yaml",
         "tokenizers/image.yaml",

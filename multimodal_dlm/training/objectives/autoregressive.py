@@ -9,10 +9,10 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor
 
-from multimodal_dlm.canvas import Canvas
+from multimodal_dlm.canvas import Canvas, causal_order
 from multimodal_dlm.errors import ConfigError
 from multimodal_dlm.training.objectives.base import Generators, ObjectiveOutput, target_nll
 from multimodal_dlm.training.objectives.canvas_objective import CanvasObjective, nelbo_terms
@@ -77,9 +77,3 @@ class Autoregressive(CanvasObjective):
         """The contexts as they are: there is no noise."""
         del num_levels
         return [list(contexts)]
-
-
-def causal_order(canvas: Canvas) -> Int[Tensor, "batch length"]:
-    """Rank of each token by (attention order, column): a strict order within the row."""
-    columns = torch.arange(canvas.length, device=canvas.device)
-    return (canvas.order * canvas.length + columns).argsort(dim=1).argsort(dim=1)

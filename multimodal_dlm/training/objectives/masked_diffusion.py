@@ -4,9 +4,13 @@ In every free window of L positions, k = ceil(u L) of them are masked, u uniform
 equally likely; NELBO_row = (L / k) x the sum of cross-entropies at the k positions, an unbiased
 estimate of the any-order bound (Uria et al. 2014, arXiv 1310.1757; Ou et al. 2024, arXiv
 2406.03736, Eq. 14), with less variance than Bernoulli masks weighted by 1 / t.
+
+A window written in blocks is a chain of such bounds, one a block, given the clean blocks before it
+(Arriola et al. 2025, arXiv 2503.09573, Eq. 7): each block draws its own count, and one forward
+holds noisy blocks and clean copies.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -30,6 +34,8 @@ from multimodal_dlm.training.packing import Packing, canvas_states
 from multimodal_dlm.vocabulary import UnifiedVocabulary
 
 MASK_WEIGHTINGS = ("bound", "flat")
+# The uniform numbers of a row's blocks are this far apart, modulo 1: each is uniform, all spread.
+GOLDEN_RATIO = 0.6180339887498949
 
 
 @dataclass(frozen=True)
@@ -110,7 +116,7 @@ class MaskedDiffusion(CanvasObjective):
             inputs: Clean canvas; `is_free` is what may be masked.
             generator: One for the batch, or one for each row.
             teacher: Unused: the targets are the data.
-            uniforms: Window id -> one number in [0, 1) a row that sets its count; None to draw.
+            uniforms: Window id -> one number in [0, 1) a row that sets its counts; None to draw.
             denominators: Free positions of each modality index in the global batch.
             tasks: Task of each row, for its weight and the report.
             draws: One number in [0, 1) a row that decides about holes; none without.
@@ -124,7 +130,7 @@ class MaskedDiffusion(CanvasObjective):
         )
         noisy = corrupted.canvas
         levels = noise_levels(noisy, vocabulary)
-        output = canvas_states(model, noisy, levels, packing)
+        output = canvas_states(model, noisy, levels, packing, clean=inputs)
         nll = target_nll(model, output.hidden_states, inputs, corrupted.is_target)
         nelbo = nll * corrupted.weight
         weight = self._loss_weight(corrupted, vocabulary)
@@ -148,7 +154,7 @@ class MaskedDiffusion(CanvasObjective):
         uniforms: Mapping[int, Float[Tensor, " batch"]] | None = None,
         draws: Sequence[float] = (),
     ) -> Corruption:
-        """Mask an exact count of every free window, or one rectangle of a grid."""
+        """Mask an exact count of every block of a free window, or one rectangle of a grid."""
         is_target = torch.zeros_like(canvas.is_free)
         weight = torch.zeros(canvas.is_free.shape, device=canvas.device)
         flat_weight = torch.zeros_like(weight)
@@ -160,20 +166,21 @@ class MaskedDiffusion(CanvasObjective):
         has_hole = torch.zeros(canvas.batch_size, dtype=torch.bool, device=canvas.device)
         for window in canvas.free_windows():
             part = canvas.window_slice(window)
-            is_free = canvas.is_free[:, part]
-            lengths = is_free.sum(dim=1)
-            u = uniforms[window] if uniforms is not None else _draw(len(lengths), generator)
-            counts = counts_from_uniforms(u.to(canvas.device), lengths)
-            masked = _masks(is_free, counts, generator)
-            if bool(wants_hole.any()):
-                masked, holed = _holes(canvas, part, masked, wants_hole, generator)
-                has_hole |= holed
-            counts = masked.sum(dim=1)
-            is_target[:, part] = masked
-            weight[:, part] = masked * (lengths / counts.clamp(min=1))[:, None]
-            flat_weight[:, part] = masked * (2 * lengths / (lengths + 1))[:, None]
+            u = uniforms[window] if uniforms is not None else _draw(canvas.batch_size, generator)
+            u = u.to(canvas.device)
+            for is_free in _blocks(canvas, part):
+                lengths = is_free.sum(dim=1)
+                masked = _masks(is_free, counts_from_uniforms(u, lengths), generator)
+                if bool(wants_hole.any()):
+                    masked, holed = _holes(canvas, part, masked, wants_hole, generator)
+                    has_hole |= holed
+                counts = masked.sum(dim=1)
+                is_target[:, part] |= masked
+                weight[:, part] += masked * (lengths / counts.clamp(min=1))[:, None]
+                flat_weight[:, part] += masked * (2 * lengths / (lengths + 1))[:, None]
+                u = (u + GOLDEN_RATIO) % 1.0
             mask = vocabulary.mask_token_id(vocabulary.modalities[canvas.window_modality(window)])
-            input_ids[:, part] = input_ids[:, part].masked_fill(masked, mask)
+            input_ids[:, part] = input_ids[:, part].masked_fill(is_target[:, part], mask)
         noisy = canvas.replace(input_ids=input_ids)
         return Corruption(noisy, is_target, weight, flat_weight, has_hole)
 
@@ -187,6 +194,15 @@ class MaskedDiffusion(CanvasObjective):
                 is_own = corrupted.canvas.modality_ids == vocabulary.modality_id(modality)
                 weight = torch.where(is_own, corrupted.flat_weight, weight)
         return weight
+
+
+def _blocks(canvas: Canvas, part: slice) -> Iterator[Bool[Tensor, "batch length"]]:
+    """The free positions of a window, block after block; the blocks of each row are its own."""
+    is_free, order = canvas.is_free[:, part], canvas.order[:, part]
+    beyond = int(order.max()) + 1
+    number = order - order.masked_fill(~is_free, beyond).amin(dim=1, keepdim=True)
+    for block in range(int(number.masked_fill(~is_free, 0).max()) + 1):
+        yield is_free & (number == block)
 
 
 def _draw(batch: int, generator: Generators) -> Float[Tensor, " batch"]:
