@@ -5,6 +5,7 @@ has as many tokens as words. A quarter of the records also ask their question be
 examples of the same task, packed to at most 1,024 tokens with the answer.
 """
 
+import importlib
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
@@ -74,7 +75,7 @@ class Task(ABC):
             DataError: When the package is missing.
         """
         try:
-            from reasoning_gym import create_dataset
+            create_dataset = importlib.import_module("reasoning_gym").create_dataset
         except ModuleNotFoundError as error:
             raise DataError(
                 "Recipe `reasoning` needs the package `reasoning-gym`, which is not installed. Run"
