@@ -252,7 +252,7 @@ class ExactCache(KeyValueCache):
         if self._states is None:
             shape = (hidden_states.shape[0], self.length, hidden_states.shape[-1])
             self._states = hidden_states.new_zeros(shape)
-        self._states = self._states.index_copy(1, self.open, hidden_states)
+        self._states.index_copy_(1, self.open, hidden_states.detach())
         if self._num_final:
             self.kept = torch.cat([self.kept, self.open[: self._num_final]])
             self.open = self.open[self._num_final :]
