@@ -47,7 +47,7 @@ class ResearchLoop:
         *,
         dtype: torch.dtype = torch.float32,
         num_steps: int = 16,
-        guidance_scale: float = 3.0,
+        guidance_scale: float,
         temperature: float | None = None,
         choice_temperature: float | None = None,
     ) -> None:

@@ -20,6 +20,7 @@ held-out prompts are drawn by the loop and by ours in several numbers of steps, 
 """
 
 import argparse
+import inspect
 import json
 import statistics
 import time
@@ -41,11 +42,13 @@ from multimodal_dlm.pipelines import UnifiedTextToImagePipeline
 
 ROOT = Path(__file__).parents[1]
 PROMPT = "a noto emoji of a red apple"
-DEFAULT_STEPS = 16
-GUIDANCE_SCALE = 3.0
+CALL = inspect.signature(UnifiedTextToImagePipeline.__call__).parameters
+DEFAULT_STEPS: int = CALL["num_inference_steps"].default
+GUIDANCE_SCALE: float = CALL["guidance_scale"].default
 PROFILE_ROWS = 20
 DENOMINATORS = {
-    "research_loop": "research_loop.py, float32, 16 steps, the same weights, tokenizers and batch",
+    "research_loop": f"research_loop.py, float32, {DEFAULT_STEPS} steps; weights, tokenizers,"
+    " guidance and batch of ours",
     "research_loop_same_dtype_and_steps": "research_loop.py in the dtype and steps of ours",
     "amused": "diffusers.AmusedPipeline called as it is, text encoder included, random weights,"
     " dtype, steps and guidance of ours, one forward a step over both branches",
@@ -71,6 +74,11 @@ def num_parameters(module: torch.nn.Module) -> int:
     return sum(weight.numel() for weight in module.parameters())
 
 
+def make_loop(pipeline: Any, dtype: torch.dtype, steps: int) -> ResearchLoop:
+    """The research loop at the guidance of our call."""
+    return ResearchLoop(pipeline, dtype=dtype, num_steps=steps, guidance_scale=GUIDANCE_SCALE)
+
+
 def make_runs(args: argparse.Namespace) -> tuple[dict[str, Run], Any, Any]:
     """What is timed, by name, as functions of the batch size; then ours and aMUSEd's pipelines."""
     dtype = getattr(torch, args.dtype)
@@ -88,10 +96,8 @@ def make_runs(args: argparse.Namespace) -> tuple[dict[str, Run], Any, Any]:
     runs: dict[str, Run] = {
         "ours": partial(draw, ours, num_inference_steps=args.steps),
         "ours_default": partial(draw, default),
-        "research_loop": partial(draw, ResearchLoop(default, num_steps=DEFAULT_STEPS)),
-        "research_loop_same_dtype_and_steps": partial(
-            draw, ResearchLoop(ours, dtype=dtype, num_steps=args.steps)
-        ),
+        "research_loop": partial(draw, make_loop(default, torch.float32, DEFAULT_STEPS)),
+        "research_loop_same_dtype_and_steps": partial(draw, make_loop(ours, dtype, args.steps)),
         "amused": partial(
             draw, amused, num_inference_steps=args.steps, guidance_scale=GUIDANCE_SCALE
         ),
@@ -208,16 +214,17 @@ def make_drawers(args: argparse.Namespace) -> dict[str, Drawer]:
     """The loop, the pipeline as it is loaded, and ours by steps and plan."""
     dtype = getattr(torch, args.dtype)
     default, ours = load(args.pipeline, torch.float32), load(args.pipeline, dtype)
-    loop = {"dtype": "float32", "steps": DEFAULT_STEPS, "plan": "cosine"}
+    shared = {"guidance_scale": GUIDANCE_SCALE, "weights": default.model_fingerprint}
+    loop = {"dtype": "float32", "steps": DEFAULT_STEPS, "plan": "cosine", **shared}
     drawers = {
-        "research_loop": Drawer(ResearchLoop(default, num_steps=DEFAULT_STEPS), loop),
-        "ours_default": Drawer(default, loop),
+        "research_loop": Drawer(make_loop(default, torch.float32, DEFAULT_STEPS), loop),
+        "ours_default": Drawer(default, {**loop, "by": "ours"}),
     }
     profile_values = json.loads(args.step_plan.read_text())["values"]
     for plan, values in (("cosine", None), ("step_profile", profile_values)):
         pipeline = with_profile(ours, values)
         for steps in args.candidates:
-            settings = {"dtype": args.dtype, "steps": steps, "plan": plan}
+            settings = {"dtype": args.dtype, "steps": steps, "plan": plan, **shared}
             draw = partial(pipeline, num_inference_steps=steps)
             drawers[f"{args.dtype}_{steps}_{plan}"] = Drawer(draw, settings)
     return drawers

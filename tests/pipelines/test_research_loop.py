@@ -44,7 +44,8 @@ def test_greedy_ids_are_the_same(make_loop, pipeline, guidance_scale):
 
 
 def test_it_draws_from_one_generator(make_loop, pipeline):
-    loop = make_loop(pipeline, num_steps=STEPS, temperature=1.0, choice_temperature=4.5)
+    settings = {"guidance_scale": 2.0, "temperature": 1.0, "choice_temperature": 4.5}
+    loop = make_loop(pipeline, num_steps=STEPS, **settings)
     first, again, other = (
         loop(PROMPTS, output_type="codes", generator=generator).images[0]
         for generator in seeded(0, 0, 1)
