@@ -15,6 +15,7 @@ import os
 import shutil
 import subprocess
 import tempfile
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ logger = logging.getLogger(__name__)
 
 SWITCH = "MULTIMODAL_DLM_NATIVE"
 MAX_THREADS = 256
+MAX_SCRATCH = 64 << 20  # Bytes kept from call to call.
 _FOLDER = Path(__file__).resolve().parent
 _FLAGS = (
     "-O3", "-std=c++17", "-shared", "-fPIC", "-fopenmp", "-mfma", "-mavx512f", "-mavx512bw",
@@ -41,6 +43,7 @@ class Kernels:
 
     def __init__(self, path: Path) -> None:
         self._library = ctypes.CDLL(str(path))
+        self._scratch = threading.local()
 
     def __call__(self, name: str, *arguments: Any) -> int:
         """Call a function; a float is passed as a C float, a tensor as its address."""
@@ -49,9 +52,17 @@ class Kernels:
         return function(*(_c_value(argument) for argument in arguments))
 
     def with_workspace(self, name: str, *arguments: Any) -> None:
-        """Call a function whose last argument is scratch memory; it is asked how much first."""
+        """Call a function whose last argument is scratch memory; it is asked how much first.
+
+        Each thread keeps its scratch memory: fresh pages cost as much as the work of a small call.
+        """
         size = self(name, *arguments, None)
-        self(name, *arguments, torch.empty(size, dtype=torch.uint8))
+        memory = getattr(self._scratch, "memory", None)
+        if memory is None or memory.numel() < size:
+            memory = torch.empty(size, dtype=torch.uint8)
+            if size <= MAX_SCRATCH:
+                self._scratch.memory = memory
+        self(name, *arguments, memory)
 
 
 def _c_value(argument: Any) -> Any:

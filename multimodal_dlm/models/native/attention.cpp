@@ -1,6 +1,7 @@
 // out = x + gate[level] x to_out(attention(to_qkv(norm(x) factor[level] + shift[level]))), with
 // rotary positions: softmax(rotary(q) rotary(k)^T / sqrt(dim) + bias) v. One thread does one row of
-// the batch at a time, or some of its heads; scores never leave the cache.
+// the batch at a time, or some of its heads; scores never leave the cache. Without a place for the
+// update nothing is kept for backward: the other places may be null.
 #include "rows.h"
 
 #include <new>
@@ -201,12 +202,19 @@ extern "C" int64_t attention_forward(
         arena.take<bf16>(n * w * BLOCK), arena.take<bf16>(n * d * BLOCK),
         arena.take<bf16>(n * d * BLOCK), arena.take<bf16>(n * BLOCK),
         arena.take<float>(std::max(n * EDGE * dim, std::max(EDGE * keys, n * EDGE * (width + 16))))};
+  const bool is_kept = update != nullptr;  // for backward: each row has a slot of its own
+  if (!is_kept) {
+    const int64_t slots = std::min(batch, threads);
+    saved = arena.take<bf16>(slots * 3 * n * inner * BLOCK);
+    attended = arena.take<bf16>(slots * n * inner * BLOCK);
+    logsumexp = arena.take<float>(slots * heads * keys);
+    scales = arena.take<float>(threads * batch * length);
+  }
   if (workspace == nullptr) return arena.used();
   const Half h{x, factor, shift, gate, rows, scales, width, eps};
   const int64_t stride = width + 16;
 
   // The steps of one row of the batch, whose heads are kept at `slot`.
-  const bool is_kept = update != nullptr;  // for backward: each row has a slot of its own
   const auto normalise_row = [&](int64_t thread, int64_t b) {
     Half own = h;
     if (!is_kept) own.scales += thread * batch * length;

@@ -204,9 +204,9 @@ def mlp_inference(
 ) -> Tensor:  # fmt: skip
     """The first result of `mlp_forward` alone."""
     tokens, width = x.shape
-    out, scales = torch.empty_like(x), torch.empty(tokens, dtype=torch.float32)
+    out = torch.empty_like(x)
     _library().with_workspace(
-        "mlp_forward", x, factor, shift, gate, rows, w_in, w_out, out, scales, None, None,
+        "mlp_forward", x, factor, shift, gate, rows, w_in, w_out, out, None, None, None,
         tokens, width, w_out.shape[1], eps, _threads(),
     )  # fmt: skip
     return out
@@ -219,15 +219,10 @@ def attention_inference(
 ) -> Tensor:  # fmt: skip
     """The first result of `attention_forward` alone."""
     batch, length, width = x.shape
-    dim, inner, threads = cos.shape[-1], w_out.shape[1], _threads()
-    padded, slots = _strips(length), min(batch, threads)
-    out = torch.empty_like(x)
-    scales = torch.empty(threads * batch * length, dtype=torch.float32)
-    heads = x.new_empty(slots, padded, 3 * inner), x.new_empty(slots, padded, inner)
-    logsumexp = scales.new_empty(slots, inner // dim, padded)
+    dim, out = cos.shape[-1], torch.empty_like(x)
     _library().with_workspace(
-        "attention_forward", x, factor, shift, gate, rows, w_in, w_out, cos, sin, bias, out, scales,
-        *heads, logsumexp, None, batch, length, width, inner // dim, dim, eps, threads,
+        "attention_forward", x, factor, shift, gate, rows, w_in, w_out, cos, sin, bias, out, None,
+        None, None, None, None, batch, length, width, w_out.shape[1] // dim, dim, eps, _threads(),
     )  # fmt: skip
     return out
 

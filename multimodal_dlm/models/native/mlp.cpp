@@ -1,4 +1,5 @@
 // out = x + gate[level] x down(silu(g) x u), (g, u) = halves of in(norm(x) factor[level] + shift[level]).
+// Without a place for (g, u) nothing is kept for backward: the other places may be null.
 #include <utility>
 
 #include "rows.h"
@@ -72,6 +73,7 @@ extern "C" int64_t mlp_forward(
   const bool is_shared = saved == nullptr && strips < FEW * threads;
   bf16* normed = arena.take<bf16>(is_shared ? strips * w * BLOCK : 0);
   bf16* active = arena.take<bf16>(is_shared ? strips * f * BLOCK : 0);
+  if (saved == nullptr) scales = arena.take<float>(tokens);
   if (workspace == nullptr) return arena.used();
   const Half h{x, factor, shift, gate, rows, scales, width, eps};
   if (is_shared) {
