@@ -118,11 +118,11 @@ class _Forwards:
         """
         if torch.equal(rows, self.rows):
             return
-        is_kept = any(lane.cache is not None for lane in self.lanes.values())
-        if is_kept and 2 * len(rows) > len(self.rows) and bool(torch.isin(rows, self.rows).all()):
-            return
         if not bool(torch.isin(rows, self.rows).all()):
             self._prepare(rows)
+            return
+        is_kept = any(lane.cache is not None for lane in self.lanes.values())
+        if is_kept and 2 * len(rows) > len(self.rows):
             return
         places = torch.searchsorted(self.rows, rows)
         for lane in self.lanes.values():

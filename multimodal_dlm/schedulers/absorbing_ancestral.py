@@ -10,7 +10,6 @@ from diffusers.schedulers.scheduling_utils import SchedulerMixin  # noqa: F401 (
 from multimodal_dlm.errors import ConfigError, unknown_name
 from multimodal_dlm.schedulers.base import DiscreteScheduler, StepInput, StepResult
 from multimodal_dlm.schedulers.presets import ANCESTRAL_MODALITIES
-from multimodal_dlm.schedulers.proposal import propose, restrict
 from multimodal_dlm.schedulers.settings import ModalitySettings
 from multimodal_dlm.schedulers.shaping import rank_descending
 
@@ -66,15 +65,7 @@ class AbsorbingAncestralScheduler(DiscreteScheduler):
         return True
 
     def _reverse(self, step: StepInput) -> StepResult:
-        logits = restrict(step.logits, step.allowed)
-        proposal = propose(
-            step.sample,
-            step.is_masked,
-            logits,
-            logits,
-            settings=step.settings,
-            uniforms=step.uniforms,
-        )
+        proposal = step.propose()
         hitting = step.uniforms[..., 1].masked_fill(~step.is_masked, torch.inf)
         num_masked = step.is_masked.sum(dim=1)
         count = num_masked - step.num_left

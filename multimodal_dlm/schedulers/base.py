@@ -26,7 +26,7 @@ from multimodal_dlm.schedulers.checks import (
     check_shape,
     check_tensors,
 )
-from multimodal_dlm.schedulers.proposal import Proposal
+from multimodal_dlm.schedulers.proposal import Proposal, propose, restrict
 from multimodal_dlm.schedulers.settings import ModalitySettings
 from multimodal_dlm.schedulers.step_plan import plan_steps
 from multimodal_dlm.schedulers.step_times import StepTimes
@@ -124,6 +124,23 @@ class StepInput:
     def mask_column(self) -> int:
         """Number of columns V, which is also the column of the mask."""
         return self.logits.shape[-1]
+
+    @property
+    def possible(self) -> Float[Tensor, "masked columns"]:
+        """The logits with -inf where a column is not allowed."""
+        return restrict(self.logits, self.allowed)
+
+    def propose(self) -> Proposal:
+        """A token for every masked position, among all allowed columns."""
+        possible = self.possible
+        return propose(
+            self.sample,
+            self.is_masked,
+            possible,
+            possible,
+            settings=self.settings,
+            uniforms=self.uniforms,
+        )
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from torch import Tensor
 from multimodal_dlm.schedulers.base import DiscreteScheduler, StepInput, StepResult
 from multimodal_dlm.schedulers.commit_rules import Candidates, Selection
 from multimodal_dlm.schedulers.presets import CONFIDENCE_MODALITIES
-from multimodal_dlm.schedulers.proposal import Proposal, propose, restrict
+from multimodal_dlm.schedulers.proposal import Proposal, propose
 from multimodal_dlm.schedulers.shaping import gumbel_noise, rank_descending
 from multimodal_dlm.schedulers.text_window import TextWindow
 
@@ -51,15 +51,7 @@ class ConfidenceScheduler(DiscreteScheduler):
         return self._reverse_window(step, step.settings.eos_column, step.settings.fill_column)
 
     def _reverse_plain(self, step: StepInput) -> StepResult:
-        logits = restrict(step.logits, step.allowed)
-        proposal = propose(
-            step.sample,
-            step.is_masked,
-            logits,
-            logits,
-            settings=step.settings,
-            uniforms=step.uniforms,
-        )
+        proposal = step.propose()
         scores = self._scores(step, proposal)
         chosen = self._chosen(step, proposal, scores)
         return StepResult(
@@ -83,7 +75,7 @@ class ConfidenceScheduler(DiscreteScheduler):
         ).filled()
         is_left = window.is_masked[step.is_masked]
         possible, drawable = window.restrict(
-            restrict(step.logits, allowed)[is_left],
+            step.possible[is_left],
             None if allowed is None else allowed[is_left],
         )
         proposal = propose(
