@@ -1,4 +1,7 @@
-"""Likelihood of pictures and texts: the NELBO of each row of any task, with its interval."""
+"""Likelihood of pictures and texts: the NELBO of each row of any task, with its interval.
+
+A model that writes token by token has the likelihood itself, in one forward.
+"""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -17,6 +20,7 @@ from multimodal_dlm.diffusion.likelihood import (
 from multimodal_dlm.diffusion.losses import token_nll
 from multimodal_dlm.errors import ConfigError, unknown_name
 from multimodal_dlm.models.attention_plan import AttentionPlan
+from multimodal_dlm.models.cache_base import previous_columns
 from multimodal_dlm.pipelines.randomness import Generators, draw_row_seeds
 from multimodal_dlm.processing import TASKS, Codes, UnifiedProcessor
 
@@ -45,11 +49,66 @@ def masked_nll(
         position_ids=noisy.position_ids,
         attention_plan=AttentionPlan.from_canvas(noisy),
     ).hidden_states
-    nll = torch.zeros(is_masked.shape, dtype=torch.float64, device=is_masked.device)
+    return _true_nll(transformer, canvas, states, parts)
+
+
+def causal_nll(transformer: Any, canvas: Canvas) -> Float[Tensor, "batch length"]:
+    """Nll in nats of each free token given all before it in the row's order, float64; 0 elsewhere.
+
+    The sum over a row is exactly -log p(free tokens | known tokens before them), by the chain rule:
+    in a causal row no state depends on a later token, so one forward on the clean row gives every
+    factor. Known tokens after a free one would not be seen; the canonical rows have none.
+
+    Args:
+        transformer: Backbone with `logits_shift` 1, as `autoregressive` trains.
+        canvas: Clean rows in causal order, such as those of a causal layout.
+
+    Raises:
+        ConfigError: When a token would see itself: the model does not shift its logits, or two
+            tokens of a row share an attention order.
+    """
+    shift = transformer.config["logits_shift"]
+    if shift != 1:
+        raise ConfigError(
+            f"An exact likelihood needs a model with `logits_shift` 1; got {shift}: its tokens see"
+            " themselves. Train it with `objective.name: autoregressive`."
+        )
+    ranks = canvas.order.sort(dim=1).values
+    before = canvas.order.gather(1, previous_columns(canvas.is_padding))
+    is_own = (ranks[:, 1:] > ranks[:, :-1]).all()
+    if not bool(is_own & (before < canvas.order)[canvas.is_free].all()):
+        raise ConfigError(
+            "An exact likelihood needs rows in which each token has its own `order`, above that of"
+            " the token it is predicted from; got others. Use a layout with `condition_attention:"
+            " causal`."
+        )
+    states = transformer(
+        canvas.input_ids,
+        # As in training: a causal row holds no noise, its masks stand for an absent condition.
+        noise_levels=torch.zeros(canvas.input_ids.shape, device=canvas.device),
+        modality_ids=canvas.modality_ids,
+        position_ids=canvas.position_ids,
+        attention_plan=AttentionPlan.from_canvas(canvas),
+    ).hidden_states
+    parts = [
+        (name, canvas.is_free & (canvas.modality_ids == index))
+        for index, name in enumerate(transformer.vocabulary.modalities)
+    ]
+    return _true_nll(transformer, canvas, states, parts)
+
+
+def _true_nll(
+    transformer: Any,
+    canvas: Canvas,
+    states: Float[Tensor, "batch length width"],
+    parts: Sequence[tuple[str, Bool[Tensor, "batch length"]]],
+) -> Float[Tensor, "batch length"]:
+    """Nll of the true tokens of each modality at its positions, float64; 0 elsewhere."""
+    nll = torch.zeros(canvas.input_ids.shape, dtype=torch.float64, device=canvas.device)
     for name, is_own in parts:
         if bool(is_own.any()):
             logits = transformer.compute_logits(states[is_own], name)
-            columns = vocabulary.to_columns(canvas.input_ids[is_own], name)
+            columns = transformer.vocabulary.to_columns(canvas.input_ids[is_own], name)
             nll[is_own] = token_nll(logits, None, columns, num_columns=logits.shape[-1]).double()
     return nll
 
@@ -119,7 +178,7 @@ class ScoringMixin:
         generator: Generators = None,
         batch_size: int = 64,
     ) -> list[LikelihoodEstimate]:
-        """Negative log-likelihood bounds of rows, in nats a row.
+        """Negative log-likelihoods of rows, in nats a row: bounds, or exact ones of causal models.
 
         What is scored, and given what, is the task's: `text_to_image` the picture given the text,
         `caption` the text given the picture, `vqa` the answer (`text`) given picture and question,
@@ -128,6 +187,11 @@ class ScoringMixin:
         clean), a chain of bounds (Ou et al. 2024, arXiv 2406.03736, Eq. 14, for each). A text is
         its tokens and one `<eos>` in a window of just that length, which the model sees: the bound
         is on the text given its length. Guidance and temperature are no part of a likelihood.
+
+        A causal model (`condition_attention: causal`, `logits_shift` 1) gives the negative
+        log-likelihood itself, by the chain rule: nothing is drawn and the error is 0. It does not
+        know a text's length beforehand, so that its text includes where it ends; `joint` is the
+        picture, then the text given it.
 
         Args:
             task: One of `processing.TASKS`.
@@ -139,18 +203,20 @@ class ScoringMixin:
                 tokens gives every count exactly two draws.
             generator: One generator or one per row; None for fresh randomness. The same seed for
                 two rows gives them the same masks, which sharpens comparisons.
-            batch_size: Masks at once.
+            batch_size: Masks at once; rows at once where nothing is drawn.
 
         Returns:
-            One estimate per row, with a 95 % interval over masks (`low`, `high`).
+            One estimate per row, with a 95 % interval over masks (`low`, `high`), which is a point
+            where nothing was drawn.
 
         Raises:
             ConfigError: When the task is unknown, an input is missing or too many, `num_draws` is
-                odd or below 2, or the model writes texts in blocks.
+                odd or below 2, or the model writes texts in blocks of several tokens.
         """
         if task not in TASKS:
             raise unknown_name("task", task, TASKS)
-        if self.processor.blocks:
+        is_causal = self.processor.layout["condition_attention"] == "causal"
+        if self.processor.blocks and not is_causal:
             raise ConfigError(
                 "`score` needs a model that writes a text in one piece; this one writes blocks of"
                 f" {', '.join(map(str, self.processor.blocks))} tokens. Read `eval/nelbo` of its"
@@ -161,8 +227,10 @@ class ScoringMixin:
         canvas = self.processor.score(
             task, codes=codes, texts=_listed(text), questions=_listed(question)
         )
-        seeds = draw_row_seeds(generator, canvas.batch_size)
         device = self._execution_device  # type: ignore[attr-defined]
+        if is_causal:
+            return self._exact_scores(canvas.to(device), batch_size)
+        seeds = draw_row_seeds(generator, canvas.batch_size)
         return [
             self._score_row(
                 task, _without_padding(canvas, row).to(device), seed, num_draws, batch_size
@@ -225,6 +293,16 @@ class ScoringMixin:
         gains = [a - b for a, b in zip(alone, given_picture, strict=True)]
         ranked = [RankedText(texts[place], gain, place) for place, gain in enumerate(gains)]
         return sorted(ranked, key=lambda row: -row.score)
+
+    @torch.no_grad()
+    def _exact_scores(self, canvas: Canvas, batch_size: int) -> list[LikelihoodEstimate]:
+        """The likelihood of each row of a causal model, `batch_size` rows a forward."""
+        found: list[LikelihoodEstimate] = []
+        for first in range(0, canvas.batch_size, batch_size):
+            part = canvas.select_rows(slice(first, first + batch_size))
+            sums = causal_nll(self.transformer, part).sum(dim=1).tolist()
+            found += [LikelihoodEstimate(nll, 0.0, 1, is_bound=True) for nll in sums]
+        return found
 
     def _score_row(
         self, task: str, canvas: Canvas, seed: int, num_draws: int, batch_size: int

@@ -1,5 +1,7 @@
 """Real components of tiny size with random weights, for the tests of pipelines and sharing."""
 
+from typing import Any
+
 import torch
 
 from multimodal_dlm.layout import make_layout
@@ -21,8 +23,8 @@ TEXTS = [
 ]
 
 
-def tiny_components(seed: int = 0, *, condition_attention: str = "prefix") -> dict:
-    """The four components, keyed as pipelines name them."""
+def tiny_components(seed: int = 0, *, condition_attention: str = "prefix", **options: Any) -> dict:
+    """The four components, keyed as pipelines name them; `options` are the backbone's."""
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         tokenizer = train_text_tokenizer(TEXTS, vocab_size=330)
@@ -50,7 +52,7 @@ def tiny_components(seed: int = 0, *, condition_attention: str = "prefix") -> di
                 unconditional_text=4,
                 condition_attention=condition_attention,
             ),
-            **get_preset("tiny"),
+            **(get_preset("tiny") | options),
         )
         # Larger than at the start of training: prompts and noise levels must matter.
         for name, weight in transformer.named_parameters():
