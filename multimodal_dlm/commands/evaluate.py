@@ -1,5 +1,6 @@
 """The command that measures a pipeline on held-out data and writes a report."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -34,6 +35,7 @@ def run_evaluate(
     compare: str | None = None,
     only: str | None = None,
     limit: int | None = None,
+    tasks: str | None = None,
     seed: int = 0,
     batch_size: int = 64,
     device: str = "auto",
@@ -52,6 +54,8 @@ def run_evaluate(
             the first; null for none
         only: names of measurements, or their beginnings, with commas between them; null for all
         limit: rows of each measurement at most; null for what the suite says
+        tasks: tasks that the pipeline was trained for, such as caption,vqa,unconditional_text; what
+            needs another one is left out, with the reason; null for all
         seed: of every draw
         batch_size: rows at once
         device: auto, cpu, cuda, cuda:1, mps
@@ -63,6 +67,8 @@ def run_evaluate(
     chosen = suite_of_data(data) if suite == "data" else open_suite(suite)
     chosen = chosen.only(only.split(",") if only is not None else None).at_most(limit)
     options: dict[str, Any] = {"seed": seed, "batch_size": batch_size, "device": device}
+    if tasks is not None:
+        options["tasks"] = tasks.split(",")
     if compare is None:
         return measure_suite(pipeline, data, chosen, output, **options)
     require_folder(compare)
@@ -90,6 +96,7 @@ def measure_suite(
     seed: int,
     batch_size: int,
     device: str,
+    tasks: Sequence[str] | None = None,
 ) -> Report:
     """Load a pipeline, take a suite of it and show what came out.
 
@@ -101,11 +108,13 @@ def measure_suite(
         seed: Of every draw.
         batch_size: Rows at once.
         device: As `loading.load` takes it.
+        tasks: What the pipeline was trained for; None for all.
     """
     require_folder(pipeline)
     loaded = load("UnifiedImageToTextPipeline", pipeline, device)
     from multimodal_dlm.evaluation.harness import HTML_FILE, run_suite
     from multimodal_dlm.evaluation.html_report import metric_lines
+    from multimodal_dlm.tasks import TASKS
 
     folder = Path(pipeline).expanduser()
     report = run_suite(
@@ -116,13 +125,16 @@ def measure_suite(
         folder=folder if folder.is_dir() else None,
         seed=seed,
         batch_size=batch_size,
+        tasks=TASKS if tasks is None else tasks,
         progress=say,
     )
-    seconds = sum(report["times"][entry.name] for entry in suite.entries)
+    left_out = report["left_out"]
+    seconds = sum(report["times"][e.name] for e in suite.entries if e.name not in left_out)
     lines = [f"{pipeline}, suite {suite.name}, data {data.name}"]
     lines += metric_lines(report["metrics"])
     own = {entry.name for entry in suite.entries}
     single = {name: value for name, value in report["times"].items() if name not in own}
     lines += [f"  {name}: {value:.4f} s" for name, value in single.items()]
+    lines += [f"  {name}: left out, {reason}" for name, reason in left_out.items()]
     lines.append(f"{seconds:.0f} s; {Path(output) / HTML_FILE}")
     return Report(report, "\n".join(lines))

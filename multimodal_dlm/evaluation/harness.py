@@ -5,7 +5,7 @@ import importlib
 import inspect
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ from multimodal_dlm.evaluation.suites import Suite, SuiteEntry
 from multimodal_dlm.pipelines.manifest import hash_files
 from multimodal_dlm.pipelines.model_card import CARD_NAME
 from multimodal_dlm.pipelines.pipeline_base import UnifiedPipeline
+from multimodal_dlm.tasks import TASKS
 
 FORMAT = "multimodal_dlm.report/1"
 REPORT_FILE = "report.json"
@@ -37,6 +38,7 @@ def run_suite(
     folder: str | Path | None = None,
     seed: int = 0,
     batch_size: int = 64,
+    tasks: Sequence[str] = TASKS,
     progress: Callable[[str], None] = lambda text: None,
 ) -> dict[str, Any]:
     """Measure, and write `report.json`, `report.html` and one part for each measurement.
@@ -54,30 +56,45 @@ def run_suite(
             measures everything again.
         seed: Of every draw.
         batch_size: Rows at once.
+        tasks: What the pipeline was trained for: what needs another task is left out, and the
+            report's `left_out` says why. So is what says nothing of a causal model.
         progress: Told what is measured, and how long it took.
 
     Returns:
         The content of `report.json`.
 
     Raises:
-        ConfigError: When the suite names a source, split, measure or argument that is not there.
+        ConfigError: When the suite names a source, split, measure or argument that is not there,
+            or a task does not exist.
     """
-    measures = [_check(entry, manifest) for entry in suite.entries]
+    for task in tasks:
+        if task not in TASKS:
+            raise unknown_name("task", task, TASKS)
+    checked = [(entry, _check(entry, manifest)) for entry in suite.entries]
+    is_causal = pipeline.processor.layout["condition_attention"] == "causal"
+    left_out: dict[str, str] = {}
+    for entry, measure in checked:
+        reason = measure.reason_against(entry.options, tasks, is_causal=is_causal)
+        if reason is not None:
+            progress(f"{entry.name}: left out, {reason}")
+            left_out[entry.name] = reason
+    measured = [pair for pair in checked if pair[0].name not in left_out]
     output_dir = Path(output_dir)
     (output_dir / "parts").mkdir(parents=True, exist_ok=True)
     files = hash_files(folder) if folder is not None else {}
     settings = {"suite": suite.name, "seed": seed, "batch_size": batch_size}
     parts: dict[str, dict[str, Any]] = {}
     times: dict[str, float] = {}
-    for number, (entry, measure) in enumerate(zip(suite.entries, measures, strict=True), start=1):
+    for number, (entry, measure) in enumerate(measured, start=1):
         path = output_dir / "parts" / f"{entry.name}.json"
-        key = _key(entry, manifest, files, seed, batch_size)
+        own = _tasks_of(measure, tasks)
+        key = _key(entry, manifest, files, seed, batch_size, own)
         part = _read_part(path, key) if files else None
-        label = f"[{number}/{len(measures)}] {entry.name}"
+        label = f"[{number}/{len(measured)}] {entry.name}"
         if part is None:
             progress(f"{label}: {entry.measure} of {entry.source}, split {entry.split}")
             start = time.perf_counter()
-            part = _measure(pipeline, manifest, entry, measure, path, seed, batch_size)
+            part = _measure(pipeline, manifest, entry, measure, path, seed, batch_size, own)
             part |= {"key": key, "seconds": round(time.perf_counter() - start, 1)}
             path.write_text(json.dumps(part, indent=1) + "\n", encoding="utf-8")
         else:
@@ -92,7 +109,9 @@ def run_suite(
             for name, part in parts.items()
             for metric, values in part["metrics"].items()
         },
+        "left_out": left_out,
         "settings": settings
+        | {"tasks": list(tasks)}
         | {"measurements": {e.name: _described(e) for e in suite.entries}}
         | {"manifest": {"name": manifest.name, "fingerprint": manifest.fingerprint}},
         "pipeline": {"name": Path(folder).name if folder else None, "files": files},
@@ -129,12 +148,13 @@ def _measure(
     path: Path,
     seed: int,
     batch_size: int,
+    own: dict[str, list[str]],
 ) -> dict[str, Any]:
     """Measure one entry, save its sheets and plots beside its part, and return the part."""
     wanted = getattr(importlib.import_module("multimodal_dlm.pipelines"), measure.pipeline)
     handed = pipeline if isinstance(pipeline, wanted) else wanted.from_pipe(pipeline)
     handed.set_progress_bar_config(disable=True)
-    options = {"batch_size": batch_size, "seed": seed, **entry.options}
+    options = {"batch_size": batch_size, "seed": seed, **own, **entry.options}
     rows = {name: options.pop(name) for name in ROW_OPTIONS if name in options}
     data = HeldOut(manifest.sources[entry.source], entry.split, **rows)
     found = measure.function(handed, data, **options)
@@ -154,8 +174,19 @@ def _described(entry: SuiteEntry) -> dict[str, Any]:
     return {**named, **entry.options}
 
 
+def _tasks_of(measure: Measure, tasks: Sequence[str]) -> dict[str, list[str]]:
+    """The argument `tasks` of a measure that has one, where the model lacks some."""
+    takes = "tasks" in inspect.signature(measure.function).parameters
+    return {"tasks": list(tasks)} if takes and set(tasks) != set(TASKS) else {}
+
+
 def _key(
-    entry: SuiteEntry, manifest: Manifest, files: dict[str, str], seed: int, batch_size: int
+    entry: SuiteEntry,
+    manifest: Manifest,
+    files: dict[str, str],
+    seed: int,
+    batch_size: int,
+    own: dict[str, list[str]],
 ) -> str:
     """SHA-256 of everything a part depends on."""
     weights = {name: digest for name, digest in files.items() if name != CARD_NAME}
@@ -167,7 +198,7 @@ def _key(
     values = [
         folders,
         __version__,
-        _described(entry),
+        {**own, **_described(entry)},
         manifest.fingerprint,
         weights,
         seed,

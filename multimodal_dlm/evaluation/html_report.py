@@ -40,6 +40,12 @@ def write_html(
     body = [f"<h1>{escape(title)}</h1>", _summary(report), f"<nav>{links}</nav>"]
     for name, part in parts.items():
         body.append(_section(name, part, report, path.parent / "parts"))
+    if report["left_out"]:
+        reasons = "".join(
+            f'<li id="{escape(name)}"><b>{escape(name)}</b>: {escape(reason)}</li>'
+            for name, reason in report["left_out"].items()
+        )
+        body.append(f"<h2>Left out</h2><ul>{reasons}</ul>")
     page = (
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'

@@ -2,7 +2,7 @@
 
 import importlib
 import pkgutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -10,6 +10,7 @@ from PIL import Image
 
 from multimodal_dlm.errors import unknown_name
 from multimodal_dlm.evaluation.bootstrap import bootstrap_interval
+from multimodal_dlm.tasks import TASKS
 
 DIGITS = 5
 
@@ -134,29 +135,67 @@ class Measure:
     Args:
         name: Name in suites.
         pipeline: Class of `multimodal_dlm.pipelines` it is handed.
-        function: (pipeline, data, *, ...) -> `Measurement`, data a `HeldOut`.
+        function: (pipeline, data, *, ...) -> `Measurement`, data a `HeldOut`. One that takes
+            `tasks` is told what the model was trained for.
+        needs: Groups of tasks: it can be taken of models that were trained for all of a group. None
+            asks nothing of a model.
+        only_diffusion: Why it says nothing of a model that writes token by token; None where it
+            does.
     """
 
     name: str
     pipeline: str
     function: Callable[..., Measurement]
+    needs: tuple[tuple[str, ...], ...] = ()
+    only_diffusion: str | None = None
+
+    def reason_against(
+        self, options: Mapping[str, Any], tasks: Collection[str], *, is_causal: bool
+    ) -> str | None:
+        """Why it does not apply to a model, in words; None where it does.
+
+        Args:
+            options: Arguments that a suite gives it.
+            tasks: What the model was trained for, of `tasks.TASKS`.
+            is_causal: Whether the model writes token by token.
+        """
+        if self.needs and not any(set(group) <= set(tasks) for group in self.needs):
+            wanted = " or ".join(" and ".join(group) for group in self.needs)
+            return f"it needs a model trained for {wanted}; this one is for {', '.join(tasks)}"
+        if is_causal and self.only_diffusion is not None:
+            return self.only_diffusion
+        if is_causal and "num_inference_steps" in options:
+            return "a causal model takes one step a token, whatever is asked for"
+        return None
 
 
 _MEASURES: dict[str, Measure] = {}
 
 
 def register_measure(
-    name: str, pipeline: str
+    name: str,
+    pipeline: str,
+    *needs: Sequence[str],
+    only_diffusion: str | None = None,
 ) -> Callable[[Callable[..., Measurement]], Callable[..., Measurement]]:
     """Name a function for suites.
 
     Args:
         name: Name in suites.
         pipeline: Class of `multimodal_dlm.pipelines` it is handed.
+        needs: See `Measure`.
+        only_diffusion: See `Measure`.
+
+    Raises:
+        ConfigError: When a task does not exist.
     """
+    for task in (task for group in needs for task in group):
+        if task not in TASKS:
+            raise unknown_name(f"task of measure `{name}`", task, TASKS)
 
     def register(function: Callable[..., Measurement]) -> Callable[..., Measurement]:
-        _MEASURES[name] = Measure(name, pipeline, function)
+        groups = tuple(tuple(group) for group in needs)
+        _MEASURES[name] = Measure(name, pipeline, function, groups, only_diffusion)
         return function
 
     return register

@@ -45,7 +45,7 @@ class Question:
     kind: str
 
 
-@register_measure("answers", "UnifiedImageToTextPipeline")
+@register_measure("answers", "UnifiedImageToTextPipeline", ["vqa"])
 def measure_answers(
     pipeline: UnifiedImageToTextPipeline,
     data: HeldOut,

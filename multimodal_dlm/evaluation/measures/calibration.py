@@ -24,7 +24,7 @@ NUM_BINS = 10
 NUM_DRAWS = 8
 
 
-@register_measure("calibration", "UnifiedImageToTextPipeline")
+@register_measure("calibration", "UnifiedImageToTextPipeline", ["vqa"])
 def measure_calibration(
     pipeline: UnifiedImageToTextPipeline,
     data: HeldOut,

@@ -27,7 +27,7 @@ from multimodal_dlm.pipelines import UnifiedImageToTextPipeline
 NUM_SHOWN = 18
 
 
-@register_measure("captions", "UnifiedImageToTextPipeline")
+@register_measure("captions", "UnifiedImageToTextPipeline", ["caption"])
 def measure_captions(
     pipeline: UnifiedImageToTextPipeline,
     data: HeldOut,

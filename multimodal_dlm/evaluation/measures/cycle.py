@@ -14,7 +14,7 @@ from multimodal_dlm.pipelines import UnifiedImageToTextPipeline, UnifiedTextToIm
 NUM_SHOWN = 18
 
 
-@register_measure("cycle", "UnifiedTextToImagePipeline")
+@register_measure("cycle", "UnifiedTextToImagePipeline", ["text_to_image", "caption"])
 def measure_cycle(pipeline: UnifiedTextToImagePipeline, data: HeldOut) -> Measurement:
     """MiniLM cosine of a caption's name with that of the model's caption of its own drawing.
 

@@ -17,7 +17,7 @@ from multimodal_dlm.pipelines.pixels import from_pixels, to_pixels
 NUM_SHOWN = 6
 
 
-@register_measure("inpainting", "UnifiedInpaintPipeline")
+@register_measure("inpainting", "UnifiedInpaintPipeline", ["text_to_image"])
 @torch.no_grad()
 def measure_inpainting(
     pipeline: UnifiedInpaintPipeline,

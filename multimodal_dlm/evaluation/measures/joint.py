@@ -12,7 +12,7 @@ NUM_PAIRS = 64
 NUM_SHOWN = 18
 
 
-@register_measure("joint", "UnifiedJointPipeline")
+@register_measure("joint", "UnifiedJointPipeline", ["joint", "caption"])
 def measure_joint(
     pipeline: UnifiedJointPipeline,
     data: HeldOut,

@@ -14,7 +14,7 @@ from multimodal_dlm.evaluation.measurement import (
 from multimodal_dlm.pipelines import UnifiedImageToTextPipeline
 
 
-@register_measure("lengths", "UnifiedImageToTextPipeline")
+@register_measure("lengths", "UnifiedImageToTextPipeline", ["caption"])
 def measure_lengths(
     pipeline: UnifiedImageToTextPipeline,
     data: HeldOut,

@@ -25,7 +25,11 @@ from multimodal_dlm.processing import Codes, UnifiedProcessor
 TEXT_LENGTH = 8
 
 
-@register_measure("noise_spectrum", "UnifiedTextToImagePipeline")
+@register_measure(
+    "noise_spectrum",
+    "UnifiedTextToImagePipeline",
+    only_diffusion="a causal model has no noise level",
+)
 @torch.no_grad()
 def measure_noise_spectrum(
     pipeline: UnifiedTextToImagePipeline,

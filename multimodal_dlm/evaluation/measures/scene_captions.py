@@ -16,7 +16,7 @@ from multimodal_dlm.pipelines import UnifiedImageToTextPipeline
 NUM_SHOWN = 18
 
 
-@register_measure("scene_captions", "UnifiedImageToTextPipeline")
+@register_measure("scene_captions", "UnifiedImageToTextPipeline", ["caption"])
 def measure_scene_captions(
     pipeline: UnifiedImageToTextPipeline,
     data: HeldOut,

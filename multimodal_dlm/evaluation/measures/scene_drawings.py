@@ -30,7 +30,7 @@ NUM_COLORED = 400  # Training pictures that say what the colors look like.
 _COLUMNS, _ROWS = ("left", "", "right"), ("top", "", "bottom")
 
 
-@register_measure("scene_drawings", "UnifiedTextToImagePipeline")
+@register_measure("scene_drawings", "UnifiedTextToImagePipeline", ["text_to_image"])
 def measure_scene_drawings(
     pipeline: UnifiedTextToImagePipeline,
     data: HeldOut,

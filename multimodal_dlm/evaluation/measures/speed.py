@@ -1,6 +1,7 @@
 """Seconds a picture, a caption and an answer: times, so no part of what two runs agree on."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import partial
 from statistics import median
 from time import perf_counter
 from typing import Any
@@ -12,13 +13,18 @@ from multimodal_dlm.evaluation.held_out import HeldOut
 from multimodal_dlm.evaluation.measurement import Measurement, Metric, register_measure
 from multimodal_dlm.evaluation.measures.likelihood import trained_caption
 from multimodal_dlm.pipelines import UnifiedImageToTextPipeline, UnifiedTextToImagePipeline
+from multimodal_dlm.tasks import TASKS
 
 QUESTION = "what is this?"
 
 
-@register_measure("speed", "UnifiedTextToImagePipeline")
+@register_measure("speed", "UnifiedTextToImagePipeline", ["text_to_image"], ["caption"], ["vqa"])
 def measure_speed(
-    pipeline: UnifiedTextToImagePipeline, data: HeldOut, *, repeats: int = 3
+    pipeline: UnifiedTextToImagePipeline,
+    data: HeldOut,
+    *,
+    repeats: int = 3,
+    tasks: Sequence[str] = TASKS,
 ) -> Measurement:
     """Seconds of one call, alone and in a batch, at default settings; forward passes of each.
 
@@ -30,6 +36,7 @@ def measure_speed(
         pipeline: Draws and reads.
         data: Rows of the batch, `limit` of them.
         repeats: Calls that are timed.
+        tasks: What the model was trained for; other calls are left out.
 
     Raises:
         DataError: When the split is empty.
@@ -44,17 +51,17 @@ def measure_speed(
     def generators(count: int) -> list[torch.Generator]:
         return data.generators(slice(0, count))
 
-    calls: dict[str, tuple[Any, int, Callable[[], Any]]] = {}
-    for name, count in (("one", 1), ("batch", len(samples))):
-        calls[f"picture.{name}"] = (
-            draw, count, lambda n=count: draw(prompts[:n], generator=generators(n)),
-        )  # fmt: skip
-        calls[f"caption.{name}"] = (
-            read, count, lambda n=count: read(images[:n], generator=generators(n)),
-        )  # fmt: skip
-        calls[f"answer.{name}"] = (
-            read, count, lambda n=count: read(images[:n], QUESTION, generator=generators(n)),
-        )  # fmt: skip
+    kinds: dict[str, tuple[str, Any, Callable[[int], Any]]] = {
+        "picture": ("text_to_image", draw, lambda n: draw(prompts[:n], generator=generators(n))),
+        "caption": ("caption", read, lambda n: read(images[:n], generator=generators(n))),
+        "answer": ("vqa", read, lambda n: read(images[:n], QUESTION, generator=generators(n))),
+    }
+    calls: dict[str, tuple[Any, int, Callable[[], Any]]] = {
+        f"{kind}.{name}": (pipe, count, partial(call, count))
+        for name, count in (("one", 1), ("batch", len(samples)))
+        for kind, (task, pipe, call) in kinds.items()
+        if task in tasks
+    }
     metrics, times = {}, {}
     for name, (pipe, count, call) in calls.items():
         call()

@@ -22,7 +22,12 @@ from multimodal_dlm.pipelines import UnifiedImageToTextPipeline, UnifiedTextToIm
 STEPS = (1, 2, 4, 8, 16, 32)
 
 
-@register_measure("steps", "UnifiedTextToImagePipeline")
+@register_measure(
+    "steps",
+    "UnifiedTextToImagePipeline",
+    ["text_to_image", "caption"],
+    only_diffusion="a causal model takes one step a token, whatever is asked for",
+)
 def measure_steps(
     pipeline: UnifiedTextToImagePipeline,
     data: HeldOut,

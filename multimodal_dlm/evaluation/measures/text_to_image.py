@@ -36,7 +36,7 @@ from multimodal_dlm.pipelines import UnifiedTextToImagePipeline
 NUM_SHOWN = 24
 
 
-@register_measure("text_to_image", "UnifiedTextToImagePipeline")
+@register_measure("text_to_image", "UnifiedTextToImagePipeline", ["text_to_image"])
 def measure_text_to_image(
     pipeline: UnifiedTextToImagePipeline,
     data: HeldOut,
@@ -45,6 +45,7 @@ def measure_text_to_image(
     attributes: Sequence[str] = ("style", "group"),
     num_train: int | None = None,
     scorer: str | None = None,
+    num_inference_steps: int | None = None,
 ) -> Measurement:
     """Draw held-out captions and compare with the real pictures, in EfficientNet-Lite0 features.
 
@@ -60,13 +61,14 @@ def measure_text_to_image(
     training split are the candidates, `real` pictures the ceiling.
 
     Args:
-        pipeline: Draws the pictures with its default settings.
+        pipeline: Draws the pictures, with its default settings but for the steps.
         data: Captions and their pictures, at least 3; the dataset needs a training split.
         caption: Which of a record's captions is drawn; the last where there are fewer.
         attributes: Entries of the records' meta.
         num_train: Training pictures that probes and distances look at; None for all.
         scorer: Folder of an image-text scorer that was fitted to none of the pictures of the split,
             such as `scorers/emoji`; None for no such metrics.
+        num_inference_steps: Steps of each picture; None for the pipeline's default.
 
     Raises:
         DataError: When the split is empty.
@@ -76,7 +78,8 @@ def measure_text_to_image(
     """
     samples = data.samples()
     prompts = [_caption(sample.record, caption) for sample in samples]
-    drawn = draw_pictures(pipeline, prompts, data)
+    steps = {} if num_inference_steps is None else {"num_inference_steps": num_inference_steps}
+    drawn = draw_pictures(pipeline, prompts, data, **steps)
     reader = data.reader("train")
     order = KeyedDraws(data.seed, "text_to_image/train").permutation(len(reader))[:num_train]
     train = [reader[int(index)] for index in order]
