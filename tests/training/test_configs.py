@@ -20,6 +20,10 @@ def test_all_configs_are_found():
     names = [path.relative_to(ROOT / "configs").as_posix() for path in CONFIGS]
     stages = ("", "_compare", "_draw", "_end", "_finish", "_shapes", "_teach")
     assert names == [
+        *(
+            f"baselines/{each}.yaml"
+            for each in ("causal", "generation", "understanding", "unified")
+        ),
         "finetune.yaml",
         "lora.yaml",
         "reasoning_block.yaml",
