@@ -1,15 +1,17 @@
 """Tokens a second, matmul utilisation and memory of one CPU training step of a preset.
 
 utilisation = matmul FLOPs the step really executes (torch.utils.flop_counter, forward, backward and
-head) / step time / rate of a 6144 x 384 x 1536 bf16 matmul measured between the steps of this run.
-The step: forward, cross-entropy at the masked positions and backward of every micro-batch, then
-clipping and fused AdamW; bf16 autocast. In the same rounds run, on the same batches:
+head) / step time / rate of a 6144 x 384 x 1536 matmul measured between the steps of this run. The
+step: forward, cross-entropy at the masked positions and backward of every micro-batch, then
+clipping and fused AdamW. Step and matmul are in bf16 (autocast) where this CPU has instructions for
+it, else in float32 (`--dtype auto`); `config.dtype` of the report says which, and why. In the same
+rounds run, on the same batches:
 
 research_loop             the same backbone in float32, plain PyTorch, logits of all positions over
                           the whole vocabulary
-research_loop_same_dtype  the same under bf16 autocast: what dtype alone does not explain
+research_loop_same_dtype  the same in the dtype of ours: what dtype alone does not explain
 bert                      transformers' BertForMaskedLM of equal depth, width, heads, vocabulary,
-                          length and batch under bf16 autocast
+                          length and batch, in the dtype of ours
 
 `ratios` are their median seconds a step over ours. `--memory` counts the bytes of live tensors.
 
@@ -38,6 +40,7 @@ from multimodal_dlm.models.memory import keep_freed_memory
 from multimodal_dlm.models.native import kernels
 from multimodal_dlm.models.presets import get_preset
 from multimodal_dlm.models.transformer import UnifiedTransformerModel
+from multimodal_dlm.precision import bf16_support, resolve_precision
 from multimodal_dlm.training.optimizer import build_optimizer
 from multimodal_dlm.vocabulary import UnifiedVocabulary
 
@@ -45,6 +48,7 @@ MATMUL = (6144, 384, 1536)
 COLUMNS = {"text": 2048, "image": 2560}
 MASKED_PER_ROW = 30
 MEMORY_LENGTH = 128
+DTYPES = {"auto": "auto", "bfloat16": "bf16", "float32": "no"}
 
 Loss = Callable[[Any, dict[str, Any], int], Tensor]
 
@@ -201,12 +205,13 @@ def make_steps(args: argparse.Namespace) -> dict[str, Step]:
         make_batch(model, args.micro_batch, args.length, seed)
         for seed in range(args.rows // args.micro_batch)
     ]
-    steps = {"ours": Step(model, batches, masked_loss, True)}
+    same = args.precision.value == "bf16"
+    steps = {"ours": Step(model, batches, masked_loss, same)}
     if not args.alone:
-        for name, is_bf16 in (("research_loop", False), ("research_loop_same_dtype", True)):
+        for name, is_bf16 in (("research_loop", False), ("research_loop_same_dtype", same)):
             other = make_model(args.preset, options)
             steps[name] = Step(other, batches, full_logits_loss, is_bf16)
-        steps["bert"] = Step(make_bert(model, args.length), batches, bert_loss, True)
+        steps["bert"] = Step(make_bert(model, args.length), batches, bert_loss, same)
     return steps
 
 
@@ -219,7 +224,8 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
         ours()
     flops = counter.get_total_flops()
     rows, inner, columns = MATMUL
-    left, right = torch.randn(rows, inner).bfloat16(), torch.randn(inner, columns).bfloat16()
+    dtype = torch.bfloat16 if args.precision.value == "bf16" else torch.float32
+    left, right = torch.randn(rows, inner).to(dtype), torch.randn(inner, columns).to(dtype)
     for step in steps.values():
         step()
     seconds: dict[str, list[float]] = {name: [] for name in steps}
@@ -254,7 +260,8 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
             "length": args.length,
             "steps": args.steps,
             "parameters": sum(weight.numel() for weight in ours.model.parameters()),
-            "dtype": "bfloat16 autocast",
+            "dtype": "bfloat16 autocast" if dtype == torch.bfloat16 else "float32",
+            "dtype_reason": args.precision.reason or "--dtype",
             "matmul": list(MATMUL),
         },
     }
@@ -268,7 +275,7 @@ def measure_memory(args: argparse.Namespace) -> dict[str, Any]:
     batch = make_batch(model, rows, MEMORY_LENGTH, 0, columns, MEMORY_LENGTH // 2)
     peaks = {}
     for name, loss in (("ours", masked_loss), ("full_logits", full_logits_loss)):
-        step = Step(model, [batch], loss, True)
+        step = Step(model, [batch], loss, args.precision.value == "bf16")
         step()
         peaks[name] = peak_bytes(step, held_tensors(model, step.optimizer))
     return {
@@ -290,12 +297,14 @@ def main() -> None:
     parser.add_argument("--micro-batch", type=int, default=64, help="rows of one forward")
     parser.add_argument("--length", type=int, default=96)
     parser.add_argument("--steps", type=int, default=10)
+    parser.add_argument("--dtype", choices=DTYPES, default="auto")
     parser.add_argument("--alone", action="store_true", help="leave out the comparisons")
     parser.add_argument("--memory", action="store_true", help="also count live tensor bytes")
     parser.add_argument("--memory-vocabulary", type=int, default=126_464)
     parser.add_argument("--memory-tokens", type=int, default=4096)
     parser.add_argument("--json", type=Path, help="file to write the report to")
     args = parser.parse_args()
+    args.precision = resolve_precision(DTYPES[args.dtype], bf16_support(torch.device("cpu")))
     report = measure(args)
     if args.memory:
         report["memory"] = measure_memory(args)

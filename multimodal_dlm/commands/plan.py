@@ -55,10 +55,13 @@ def run_plan(
 
 def _lines(values: dict[str, Any]) -> list[str]:
     """A plan for people."""
+    from multimodal_dlm.precision import Precision
+
     tokens_from = "" if values["tokens_from"] == "data" else " (the longest rows: no data here)"
     lines = [
         f"{values['num_parameters'] / 1e6:,.1f} M parameters on {values['devices']} x"
-        f" {values['device']}, sharding {values['sharding']}, {values['mixed_precision']}",
+        f" {values['device']}, sharding {values['sharding']}",
+        f"precision {Precision(values['mixed_precision'], values['mixed_precision_reason'])}",
         f"step      {values['rows_per_step']:,} rows, {values['tokens_per_step']:,} tokens"
         f"{tokens_from}, {values['padding_share']:.1%} padding; a device takes"
         f" {values['rows_per_device']:,} rows in {values['micro_batches']} x"

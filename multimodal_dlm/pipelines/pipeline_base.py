@@ -26,6 +26,7 @@ from multimodal_dlm.pipelines.outputs import UnifiedTextOutput
 from multimodal_dlm.pipelines.pixels import from_pixels, to_pixels
 from multimodal_dlm.pipelines.scoring import ScoringMixin
 from multimodal_dlm.pipelines.streaming import Streamer, TextStream
+from multimodal_dlm.precision import warn_of_software_bf16
 from multimodal_dlm.processing import Codes, UnifiedProcessor
 from multimodal_dlm.schedulers import DiscreteScheduler
 from multimodal_dlm.tokenizers.image import ImageTokenizer
@@ -142,6 +143,7 @@ class UnifiedPipeline(ScoringMixin, SharingMixin, DiffusionPipeline):
             callback_on_step_end, callback_on_step_end_tensor_inputs, stream
         )
         device = self._execution_device
+        warn_of_software_bf16(device, self.transformer.dtype)
 
         def on_device(given: Canvas) -> list[Branch]:
             return [replace(made, canvas=made.canvas.to(device)) for made in branches(given)]

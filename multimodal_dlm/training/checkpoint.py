@@ -195,9 +195,14 @@ def load_checkpoint(path: Path) -> Checkpoint:
         CheckpointError: When a file is missing or its hash is not the recorded one.
     """
     verify_checkpoint(path)
-    state = json.loads((path / STATE).read_text())
+    state = load_state(path)
     tensors = {file.stem: load_file(file) for file in sorted(path.glob("*.safetensors"))}
     return Checkpoint(int(state["step"]), tensors, state)
+
+
+def load_state(path: Path) -> dict[str, Any]:
+    """The JSON values of a checkpoint, unverified."""
+    return json.loads((path / STATE).read_text())
 
 
 def verify_checkpoint(path: Path) -> None:
@@ -243,7 +248,7 @@ def best_checkpoint(folder: Path) -> Path | None:
     """
     for path in reversed(list_checkpoints(folder)):
         if _is_intact(path):
-            step = _best_step(json.loads((path / STATE).read_text()))
+            step = _best_step(load_state(path))
             if step is not None and _is_intact(_path(folder, step)):
                 return _path(folder, step)
     return None

@@ -233,7 +233,9 @@ class TrainConfig:
         stability: Skipped steps and spikes.
         export: What a finished run leaves.
         ema_decay: Decay of the averaged weights, warmed up; 0 for none.
-        mixed_precision: `bf16` autocast or `no`.
+        mixed_precision: `bf16` autocast, `no` (float32), or `auto`: what the run began with, else
+            `bf16` where the device has instructions for it (`multimodal_dlm.precision`). In YAML
+            write 'no' in quotes.
         sharding: How several processes hold the model: `none` (a copy each), `zero2` or `fsdp`
             (shards, see `multimodal_dlm.training.sharding`), or `auto`: what the accelerate config
             says, else `none`.
@@ -261,7 +263,7 @@ class TrainConfig:
     stability: StabilityConfig = field(default_factory=StabilityConfig)
     export: ExportConfig = field(default_factory=ExportConfig)
     ema_decay: float = 0.999
-    mixed_precision: Literal["bf16", "no"] = "bf16"
+    mixed_precision: Literal["auto", "bf16", "no"] = "auto"
     sharding: Literal["auto", "none", "zero2", "fsdp"] = "auto"
     log_every_steps: int = 20
     sample_every_steps: int = 0

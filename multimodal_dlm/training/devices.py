@@ -7,6 +7,7 @@ matrix unit with float32 accumulation, `no` is float32 without TF32, which this 
 from dataclasses import dataclass, replace
 
 from multimodal_dlm.errors import ConfigError, unknown_name
+from multimodal_dlm.precision import BF16Support
 
 
 @dataclass(frozen=True)
@@ -19,6 +20,8 @@ class Device:
         peak_tflops: Peak rate by `mixed_precision` (`bf16`, `no`), 10^12 FLOP/s.
         reserve_gib: Kept for the driver, the communication library and fragmentation.
         source: Where the numbers come from.
+        support: What `mixed_precision: auto` asks; None for a device that is not of one kind: then
+            it is what the CPU of this machine can do.
     """
 
     name: str
@@ -26,6 +29,7 @@ class Device:
     peak_tflops: dict[str, float]
     reserve_gib: float
     source: str
+    support: BF16Support | None
 
     def peak_flops(self, mixed_precision: str) -> float:
         """FLOP/s of a precision."""
@@ -33,7 +37,8 @@ class Device:
 
 
 def _gpu(name: str, memory_gib: float, bf16: float, fp32: float, source: str) -> Device:
-    return Device(name, memory_gib, {"bf16": bf16, "no": fp32}, 2.0, source)
+    support = BF16Support(True, f"{name} has bf16 units")
+    return Device(name, memory_gib, {"bf16": bf16, "no": fp32}, 2.0, source, support)
 
 
 DEVICES = {
@@ -54,6 +59,7 @@ DEVICES = {
             {"bf16": 1.0, "no": 0.1},
             1.0,
             "an example of two cores with AMX; measure yours with benchmarks/training_step.py",
+            None,
         ),
     )
 }

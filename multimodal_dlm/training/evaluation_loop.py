@@ -18,6 +18,7 @@ from accelerate.utils import gather_object
 from torch import nn
 
 from multimodal_dlm.errors import ConfigError
+from multimodal_dlm.precision import autocast
 from multimodal_dlm.training.batches import BatchSource
 from multimodal_dlm.training.config import CheckpointConfig, TrainConfig
 from multimodal_dlm.training.ema import ExponentialMovingAverage
@@ -38,7 +39,7 @@ class EvaluationLoop:
         objective: What is minimised.
         source: Its global batch 0 is the held-out set.
         ema: Averaged weights, or None.
-        config: The run.
+        config: The run, its precision resolved.
         accelerator: Processes and devices.
     """
 
@@ -82,13 +83,12 @@ class EvaluationLoop:
             gather=gather_object,
             num_processes=self.accelerator.num_processes,
         )
-        is_bf16 = self.config.mixed_precision == "bf16"
         levels = self.objective.grid(plan.contexts, self.config.evaluation.num_levels)
         for level, contexts in enumerate(levels):
             total = torch.zeros((), dtype=torch.float64, device=device)
             for batch, context in zip(batches, contexts, strict=True):
                 generators = [row_generator(EVALUATION_SEED, level, row) for row in batch.rows]
-                with torch.autocast(device.type, dtype=torch.bfloat16, enabled=is_bf16):
+                with autocast(device, self.config.mixed_precision):
                     output = self.objective(
                         self.view, batch.inputs, generator=generators, **context
                     )

@@ -5,15 +5,22 @@ order, precision, accumulation, sharding) is said in the run's own config, which
 records; a launch file that says otherwise is refused, never ignored. `GUARDS` lists the settings.
 """
 
+import logging
 import os
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import gather_object
 
 from multimodal_dlm.errors import ConfigError
+from multimodal_dlm.precision import Precision, bf16_support, resolve_precision, software_bf16
 from multimodal_dlm.training.config import TrainConfig
+from multimodal_dlm.training.saving import recorded_precision
+
+logger = logging.getLogger(__name__)
 
 Environment = Mapping[str, str]
 Guard = Callable[[TrainConfig, Environment], None]
@@ -35,12 +42,59 @@ def open_accelerator(config: TrainConfig, environment: Environment = os.environ)
         guard(config, environment)
     accelerator = Accelerator(
         mixed_precision="no",
-        cpu=not torch.accelerator.is_available(),
+        cpu=run_device(environment).type == "cpu",
         log_with="tensorboard",
         project_dir=str(Path(config.output_dir)),
     )
     check_accelerator(accelerator, environment)
     return accelerator
+
+
+def run_device(environment: Environment = os.environ) -> torch.device:
+    """Kind of device that a run of this machine trains on."""
+    is_cpu = _is_set(environment, "ACCELERATE_USE_CPU") or not torch.accelerator.is_available()
+    return (None if is_cpu else torch.accelerator.current_accelerator()) or torch.device("cpu")
+
+
+def run_precision(config: TrainConfig, device: torch.device) -> Precision:
+    """What a run computes in on a device: what it says, or for `auto` what it began with.
+
+    A run that goes on is the run it was, wherever it goes on; only a new one asks the device.
+
+    Args:
+        config: The run; its `output_dir` may hold checkpoints.
+        device: Of this process.
+    """
+    support = bf16_support(device)
+    if config.mixed_precision == "auto":
+        begun = recorded_precision(Path(config.output_dir))
+        if begun is not None:
+            return Precision(begun, f"auto: as the run began; {support.reason}")
+    return resolve_precision(config.mixed_precision, support)
+
+
+def settle_precision(config: TrainConfig, accelerator: Accelerator) -> TrainConfig:
+    """The config with its precision resolved, the same in every process, and logged.
+
+    `auto` is `bf16` only if that is fast on the device of every process.
+
+    Args:
+        config: The run.
+        accelerator: Of this process; every process must call.
+    """
+    precision = run_precision(config, accelerator.device)
+    is_everywhere = "no" not in gather_object([precision.value])
+    if precision.value == "bf16" and not is_everywhere:
+        precision = Precision("no", "auto: bf16 is not fast on the device of every process")
+    if accelerator.is_main_process:
+        logger.info("mixed precision: %s", precision)
+        problem = software_bf16(accelerator.device) if precision.value == "bf16" else None
+        if problem is not None:
+            logger.warning(
+                "%s Set `mixed_precision` to `no`, and `allow_changes` if the run has checkpoints.",
+                problem,
+            )
+    return replace(config, mixed_precision=precision.value)
 
 
 def resolve_sharding(sharding: str, environment: Environment = os.environ) -> str:
@@ -86,10 +140,14 @@ def check_processes(config: TrainConfig, environment: Environment) -> None:
 def check_precision(config: TrainConfig, environment: Environment) -> None:
     """Autocast is the trainer's; a precision in the launch file would be ignored without a word."""
     launched = environment.get("ACCELERATE_MIXED_PRECISION", "no").lower()
-    if launched not in ("no", config.mixed_precision):
+    if launched == "no":
+        return
+    own = run_precision(config, run_device(environment))
+    if launched != own.value:
         remedy = "`no`" if launched == "bf16" else "`no`: float16 and fp8 are not supported"
+        reason = f" ({own.reason})" if own.reason else ""
         raise ConfigError(
-            f"`mixed_precision` belongs to the run's config; got `{config.mixed_precision}` there"
+            f"`mixed_precision` belongs to the run's config; got `{own.value}`{reason} there"
             f" and `{launched}` in the accelerate config. Set the latter to {remedy}, and"
             " `--mixed_precision bf16` for the run if you want it."
         )

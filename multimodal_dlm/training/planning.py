@@ -19,6 +19,7 @@ from multimodal_dlm.layout import make_layout
 from multimodal_dlm.models.noise_conditioning import NUM_LEVELS
 from multimodal_dlm.models.presets import get_preset
 from multimodal_dlm.models.transformer import UnifiedTransformerModel
+from multimodal_dlm.precision import bf16_support, resolve_precision
 from multimodal_dlm.tokenizers.image import ImageTokenizer
 from multimodal_dlm.tokenizers.text import load_text_tokenizer
 from multimodal_dlm.training.batches import iterate_steps
@@ -104,7 +105,7 @@ class Planner:
     """A run on some devices.
 
     Args:
-        config: The run.
+        config: The run, its precision resolved.
         device: One device.
         devices: How many train together.
         shape: Backbone.
@@ -275,6 +276,9 @@ def plan(
             f"`model.component` must be `transformer` to be planned; got `{component}`. Image"
             " tokenizers are small: try one with `--num_train_steps 10`."
         )
+    support = bf16_support(torch.device("cpu")) if device.support is None else device.support
+    precision = resolve_precision(config.mixed_precision, support)
+    config = replace(config, mixed_precision=precision.value)
     model, columns, longest = _open_backbone(config)
     shape = BackboneShape.of(model)
     step = _read_step(config, devices, columns, longest)
@@ -293,7 +297,8 @@ def plan(
         "tokens_from": "data" if step.is_read else "layout",
         "sharding": setting.sharding,
         "gradient_checkpointing": setting.checkpointing,
-        "mixed_precision": config.mixed_precision,
+        "mixed_precision": precision.value,
+        "mixed_precision_reason": precision.reason,
         "memory_gib": planner.memory(setting),
         "device_memory_gib": device.memory_gib,
         "alternatives": [

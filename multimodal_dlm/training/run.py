@@ -3,6 +3,7 @@
 import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ from multimodal_dlm.training.callbacks import Callback, TrainState
 from multimodal_dlm.training.checkpoint import best_checkpoint, load_checkpoint
 from multimodal_dlm.training.components import Job, build_job
 from multimodal_dlm.training.config import TrainConfig
-from multimodal_dlm.training.launching import open_accelerator
+from multimodal_dlm.training.launching import open_accelerator, run_device, run_precision
 from multimodal_dlm.training.run_folder import write_run_folder
 from multimodal_dlm.training.trainer import Trainer
 
@@ -23,10 +24,12 @@ __all__ = ["Callback", "TrainState", "describe", "train"]
 
 
 def describe(config: TrainConfig) -> dict[str, Any]:
-    """What a run would be: resolved config, parameters, tokens a step and data size.
+    """What a run would be: resolved config and precision, parameters, tokens and data size.
 
     Nothing is encoded, written or trained; tokens are counted over the first steps.
     """
+    precision = run_precision(config, run_device())
+    config = replace(config, mixed_precision=precision.value)
     job = build_job(config, is_dry_run=True)
     steps = min(DESCRIBED_STEPS, config.num_train_steps)
     batches = [part for _, parts in iterate_steps(job.source, 0, steps) for part in parts]
@@ -35,6 +38,7 @@ def describe(config: TrainConfig) -> dict[str, Any]:
     parameters = [parameter for parameter in job.model.parameters() if parameter.requires_grad]
     return {
         "config": config.to_dict(),
+        "mixed_precision": str(precision),
         "num_parameters": sum(parameter.numel() for parameter in parameters),
         "rows_per_step": config.data.batch_size,
         "tokens_per_step": round(tokens),
@@ -65,10 +69,10 @@ def train(config: TrainConfig, *, callbacks: Sequence[Callback] = ()) -> dict[st
                 world_size=accelerator.num_processes,
                 device=accelerator.device,
             )
-        if accelerator.is_main_process:
-            write_run_folder(config, job.manifest, num_processes=accelerator.num_processes)
-        accelerator.init_trackers("tensorboard")
         trainer = Trainer(job, config, accelerator, callbacks=callbacks)
+        if accelerator.is_main_process:
+            write_run_folder(trainer.config, job.manifest, num_processes=accelerator.num_processes)
+        accelerator.init_trackers("tensorboard")
         result = trainer.fit()
         if result["is_finished"]:
             folder = _export(config, job, trainer)

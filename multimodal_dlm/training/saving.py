@@ -17,6 +17,7 @@ from multimodal_dlm.training.checkpoint import (
     Checkpoint,
     latest_checkpoint,
     load_checkpoint,
+    load_state,
     save_checkpoint,
 )
 from multimodal_dlm.training.components import Job
@@ -34,6 +35,19 @@ from multimodal_dlm.training.tracking import TermMeter
 logger = logging.getLogger(__name__)
 
 CHECKPOINTS = "checkpoints"
+
+
+def recorded_precision(output_dir: Path) -> str | None:
+    """The `mixed_precision` that the newest intact checkpoint of a run was trained in.
+
+    Args:
+        output_dir: Folder of the run.
+
+    Returns:
+        `bf16` or `no`; None without a checkpoint.
+    """
+    path = latest_checkpoint(output_dir / CHECKPOINTS)
+    return None if path is None else load_state(path)["config"]["mixed_precision"]
 
 
 class Record(Protocol):

@@ -15,6 +15,7 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 from torch import Tensor, nn
 
+from multimodal_dlm.precision import autocast
 from multimodal_dlm.training.config import TrainConfig
 from multimodal_dlm.training.ema import ExponentialMovingAverage
 from multimodal_dlm.training.lr_schedule import learning_rate
@@ -73,7 +74,7 @@ class TrainStep:
         ema: Averaged weights, or None.
         meter: Gets the reported terms.
         monitor: Decides which steps count.
-        config: The run.
+        config: The run, its precision resolved.
         accelerator: Processes and devices.
     """
 
@@ -170,8 +171,7 @@ class TrainStep:
     def _forward(self, number: int, batch: Batch, context: dict[str, Any]) -> ObjectiveOutput:
         """Loss and terms of one micro-batch."""
         generators = [row_generator(self.config.seed, number, row) for row in batch.rows]
-        device, is_bf16 = self.accelerator.device.type, self.config.mixed_precision == "bf16"
-        with torch.autocast(device, dtype=torch.bfloat16, enabled=is_bf16):
+        with autocast(self.accelerator.device, self.config.mixed_precision):
             return self.objective(self.view, batch.inputs, generator=generators, **context)
 
     def _part_norms(self, number: int, batches: list[Batch], plan: StepPlan) -> TermMeter:

@@ -23,7 +23,11 @@ from multimodal_dlm.training.components import Job
 from multimodal_dlm.training.config import TrainConfig
 from multimodal_dlm.training.ema import ExponentialMovingAverage
 from multimodal_dlm.training.evaluation_loop import BestStep, EvaluationLoop
-from multimodal_dlm.training.launching import check_accelerator, resolve_sharding
+from multimodal_dlm.training.launching import (
+    check_accelerator,
+    resolve_sharding,
+    settle_precision,
+)
 from multimodal_dlm.training.ledger import Ledger, ledger_lines
 from multimodal_dlm.training.objectives.base import Batch
 from multimodal_dlm.training.optimizer import build_optimizer
@@ -44,7 +48,7 @@ class Trainer:
 
     Args:
         job: Model, objective, batches and export.
-        config: The run.
+        config: The run; `trainer.config` is the same with its precision resolved.
         accelerator: Made with `mixed_precision="no"`: the loop has its own autocast.
         callbacks: Called on the main process every `sample_every_steps` and after the last step.
     """
@@ -57,6 +61,8 @@ class Trainer:
         *,
         callbacks: Sequence[Callback] = (),
     ) -> None:
+        check_accelerator(accelerator)
+        config = settle_precision(config, accelerator)
         self.job, self.config, self.accelerator = job, config, accelerator
         self.callbacks = list(callbacks)
         self.output_dir = Path(config.output_dir)
@@ -65,7 +71,6 @@ class Trainer:
             self.model.enable_gradient_checkpointing()
         if config.compile_blocks:
             self.model.compile_repeated_blocks()
-        check_accelerator(accelerator)
         self.parallel = spread_model(
             self.model,
             self._build_optimizer,
