@@ -10,7 +10,7 @@ free tokens changed since its key was computed, and everything every `refresh_in
 
 import math
 from abc import abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -21,6 +21,9 @@ from torch import Tensor
 from multimodal_dlm.errors import ConfigError
 from multimodal_dlm.models.attention_plan import AttentionPlan
 from multimodal_dlm.models.cache_base import Compute, KeyValueCache, Tokens, previous_columns
+
+# States (count, width) and the modality of each -> probability of the likeliest token, (count,).
+Probability = Callable[[Tensor, Tensor], Tensor]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,6 +55,12 @@ class ApproximateCacheConfig:
                 " no regular refresh."
             )
 
+    def build(
+        self, model: Any, plan: AttentionPlan, is_free: Bool[Tensor, "batch length"]
+    ) -> "ApproximateCache":
+        """The cache of one canvas."""
+        return self.cache(self, plan, is_free, logits_shift=int(model.config["logits_shift"]))
+
 
 class ApproximateCache(KeyValueCache):
     """Keys, values and states of all columns as they were last computed.
@@ -62,6 +71,15 @@ class ApproximateCache(KeyValueCache):
         is_free: Positions the sampler may write.
         logits_shift: 1 where a token is read from the state of the one before it.
     """
+
+    row_tensors: ClassVar[tuple[str, ...]] = (
+        "is_free",
+        "_sources",
+        "_num_changed",
+        "_changed_before",
+        "_ids",
+        "_states",
+    )
 
     def __init__(
         self,
@@ -75,9 +93,14 @@ class ApproximateCache(KeyValueCache):
         self.is_free = is_free
         self.num_columns_computed = 0
         self._whole = plan
-        self._shift = logits_shift
+        index = torch.arange(self.length, device=is_free.device)
+        # The column whose state each token is read from.
+        self._sources = (
+            previous_columns(plan.is_padding) if logits_shift else index.expand(is_free.shape)
+        )
         self._read: Bool[Tensor, " length"] = torch.ones_like(is_free[0])
-        self._open = torch.arange(self.length, device=is_free.device)
+        self._open = index
+        self._plan: AttentionPlan | None = None  # Of the open columns.
         self._ids: Int[Tensor, "batch length"] | None = None
         self._states: Tensor | None = None
         self._keys_values: dict[int, tuple[Tensor, Tensor]] = {}
@@ -95,9 +118,7 @@ class ApproximateCache(KeyValueCache):
         """Say which columns' logits the next forwards are for."""
         is_read = torch.zeros_like(self._read)
         is_read[columns] = True
-        if self._shift:  # What is read is the state of the token before.
-            sources = previous_columns(self._whole.is_padding)[:, is_read]
-            is_read[sources.flatten()] = True
+        is_read[self._sources[:, is_read].flatten()] = True
         self._read = is_read
 
     def run(self, compute: Compute, tokens: Tokens) -> Float[Tensor, "batch length width"]:
@@ -119,13 +140,15 @@ class ApproximateCache(KeyValueCache):
         else:
             is_open = self._columns(is_masked, is_changed) | self._old()
         is_open &= ~self._whole.is_padding.all(dim=0)
-        self._open = is_open.nonzero().flatten()
-        plan = self._whole.queries_at(self._open)
-        states = compute(tokens.select(self._open), plan, self).detach()
+        columns = is_open.nonzero().flatten()
+        if self._plan is None or not torch.equal(columns, self._open):
+            self._open, self._plan = columns, self._whole.queries_at(columns)
+        states = compute(tokens.select(self._open), self._plan, self).detach()
         if self._states is None:
             self._states = states.new_zeros((len(states), self.length, states.shape[-1]))
-        self._states[:, self._open] = states
+        self._states.index_copy_(1, self._open, states)
         self._changed_before[:, self._open] = self._num_changed[:, None]
+        self._note_states(tokens, is_masked)
         self._num_forwards += 1
         self.num_columns_computed += len(self._open)
         return self._states
@@ -146,6 +169,9 @@ class ApproximateCache(KeyValueCache):
         limit = self.config.refresh_share * self.is_free.sum(dim=1, keepdim=True)
         return ((age > limit) & ~self._whole.is_padding).any(dim=0)
 
+    def _note_states(self, tokens: Tokens, is_masked: Bool[Tensor, "batch length"]) -> None:
+        """Look at the states of the open columns, for a later choice of columns."""
+
     @abstractmethod
     def _columns(
         self, is_masked: Bool[Tensor, "batch length"], is_changed: Bool[Tensor, "batch length"]
@@ -158,14 +184,14 @@ class ApproximateCache(KeyValueCache):
             shape = (keys.shape[0], self.length, *keys.shape[2:])
             self._keys_values[layer] = (keys.new_zeros(shape), values.new_zeros(shape))
         whole_keys, whole_values = self._keys_values[layer]
-        whole_keys[:, self._open] = keys.detach()
-        whole_values[:, self._open] = values.detach()
+        whole_keys.index_copy_(1, self._open, keys.detach())
+        whole_values.index_copy_(1, self._open, values.detach())
         return whole_keys, whole_values
 
     def select_rows(self, rows: Int[Tensor, " rows"]) -> None:
         """Go on with some of the rows."""
-        self._whole = self._whole.select_rows(rows)
-        for name in ("is_free", "_num_changed", "_changed_before", "_ids", "_states"):
+        self._whole, self._plan = self._whole.select_rows(rows), None
+        for name in self.row_tensors:
             value = getattr(self, name)
             setattr(self, name, None if value is None else value[rows])
         self._keys_values = {
@@ -210,6 +236,39 @@ class FeatureCache(ApproximateCache):
         is_open = is_changed.any(dim=0)
         is_open[chosen] = True
         return is_open | (~is_response & is_prompt_due)
+
+
+class ConfidenceCache(ApproximateCache):
+    """Keeps known tokens and masks whose proposal is likely; see `ConfidenceCacheConfig`."""
+
+    row_tensors = (*ApproximateCache.row_tensors, "_likeliest")
+
+    def __init__(self, *args: Any, probability: Probability, **options: Any) -> None:
+        super().__init__(*args, **options)
+        self._probability = probability
+        # Of the proposal of each free mask when its state was last computed.
+        self._likeliest = torch.zeros_like(self.is_free, dtype=torch.float32)
+
+    def _columns(self, is_masked: Tensor, is_changed: Tensor) -> Tensor:
+        # A known token is certain.
+        is_unsure = self._likeliest.masked_fill(~is_masked, 1.0) <= self.config.threshold
+        is_open = (is_unsure | is_changed).any(dim=0)
+        is_open[self._sources[is_unsure]] = True
+        return is_open
+
+    def _note_states(self, tokens: Tokens, is_masked: Tensor) -> None:
+        if tokens.modality_ids is None:
+            raise ConfigError(
+                "`modality_ids` must be given with a cache that looks at proposals; got None. Pass"
+                " those of the canvas."
+            )
+        assert self._states is not None
+        is_new = torch.zeros_like(self._read)
+        is_new[self._open] = True
+        rows, columns = (is_masked & is_new[self._sources]).nonzero(as_tuple=True)
+        states = self._states[rows, self._sources[rows, columns]]
+        found = self._probability(states, tokens.modality_ids[rows, columns])
+        self._likeliest[rows, columns] = found
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -258,6 +317,53 @@ class FeatureCacheConfig(ApproximateCacheConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         _check_share(self.share)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ConfidenceCacheConfig(ApproximateCacheConfig):
+    """Keep masks the model is sure of, for pictures (after ML-Cache of arXiv 2510.06308).
+
+    A forward computes masks whose likeliest token was no likelier than the threshold when they were
+    last computed, and tokens that have just been written; by each branch's own logits, before they
+    are guided. The paper keeps a fixed share of all positions, those with the largest logit,
+    written or not, and nothing in the first steps; here nothing is kept that is not likely, and
+    nothing that has become old by `refresh_share`.
+
+    Args:
+        threshold: Probability in [0, 1] that a proposal must exceed to be kept. 1.0 keeps nothing:
+            everything is computed at every forward, known tokens too.
+
+    Raises:
+        ConfigError: When an option is out of range.
+    """
+
+    threshold: float = 0.9
+    refresh_interval: int | None = 5
+    cache = ConfidenceCache
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 0.0 <= self.threshold <= 1.0:
+            raise ConfigError(
+                f"`threshold` must be in [0, 1]; got {self.threshold}. Use 1.0 to keep nothing."
+            )
+
+    def build(
+        self, model: Any, plan: AttentionPlan, is_free: Bool[Tensor, "batch length"]
+    ) -> ConfidenceCache:
+        """The cache of one canvas, which reads proposals with the model's head."""
+
+        @torch.no_grad()
+        def probability(states: Tensor, modality_ids: Tensor) -> Tensor:
+            found = states.new_empty(len(states), dtype=torch.float32)
+            for index, name in enumerate(model.vocabulary.modalities):
+                chosen = modality_ids == index
+                logits = model.compute_logits(states[chosen], name)
+                found[chosen] = logits.float().softmax(dim=-1).amax(dim=-1)
+            return found
+
+        shift = int(model.config["logits_shift"])
+        return ConfidenceCache(self, plan, is_free, logits_shift=shift, probability=probability)
 
 
 def _check_share(share: float) -> None:

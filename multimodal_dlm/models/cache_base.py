@@ -23,6 +23,7 @@ class Tokens:
         noise_levels: Level of each token.
         position_ids: Rotary coordinates.
         conditioning_embeds: Added to the noise embedding of every token of a row.
+        modality_ids: Which modality's columns a position is read in; no state depends on it.
     """
 
     input_ids: Int[Tensor, "batch length"] | None
@@ -30,6 +31,7 @@ class Tokens:
     noise_levels: Float[Tensor, "batch length"]
     position_ids: Int[Tensor, "batch length axes"]
     conditioning_embeds: Float[Tensor, "batch width"] | None = None
+    modality_ids: Int[Tensor, "batch length"] | None = None
 
     @property
     def has_conditioning(self) -> bool:
@@ -44,6 +46,7 @@ class Tokens:
             inputs_embeds=None if self.inputs_embeds is None else self.inputs_embeds[:, columns],
             noise_levels=self.noise_levels[:, columns],
             position_ids=self.position_ids[:, columns],
+            modality_ids=None if self.modality_ids is None else self.modality_ids[:, columns],
         )
 
     def select_rows(self, rows: Int[Tensor, " rows"]) -> "Tokens":
@@ -55,6 +58,7 @@ class Tokens:
             noise_levels=self.noise_levels[rows],
             position_ids=self.position_ids[rows],
             conditioning_embeds=None if conditioning is None else conditioning[rows],
+            modality_ids=None if self.modality_ids is None else self.modality_ids[rows],
         )
 
     def row_keys(

@@ -25,15 +25,15 @@ class CacheChoice:
         self, model: Any, plan: AttentionPlan, is_free: Bool[Tensor, "batch length"]
     ) -> KeyValueCache | None:
         """The cache of one canvas; None where an exact one could keep nothing (full attention)."""
-        shift = int(model.config["logits_shift"])
         if not _is_exact(self.config):
-            return self.config.cache(self.config, plan, is_free, logits_shift=shift)
+            return self.config.build(model, plan, is_free)
         if not bool((plan.order != plan.order[:, :1]).any()):
             return None
         memory = None
         if self.memory.capacity and _has_fixed_weights(model):
             self.memory.check(model)
             memory = self.memory
+        shift = int(model.config["logits_shift"])
         return ExactCache(plan, is_free, logits_shift=shift, memory=memory)
 
 

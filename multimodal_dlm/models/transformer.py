@@ -281,7 +281,8 @@ class UnifiedTransformerModel(
             input_ids: Unified ids; or give `inputs_embeds`.
             inputs_embeds: Embeddings in place of ids.
             noise_levels: Level of each token in [0, 1], from `canvas.noise_levels`.
-            modality_ids: Which modality a shared mask id stands for; unused by dense layers.
+            modality_ids: Which modality a shared mask id stands for; read by caches alone, as a
+                mask id has one embedding.
             position_ids: Rotary coordinates.
             attention_plan: Who sees whom.
             kv_cache: From `new_cache`; computes what it does not keep.
@@ -291,12 +292,11 @@ class UnifiedTransformerModel(
             States of every column, computed now or kept by the cache; 0 in columns of an order
             that is not open yet.
         """
-        del (
-            modality_ids
-        )  # A shared mask id has one embedding; only `compute_logits` tells it apart.
         if (input_ids is None) == (inputs_embeds is None):
             raise ConfigError("Give exactly one of `input_ids` and `inputs_embeds`.")
-        tokens = Tokens(input_ids, inputs_embeds, noise_levels, position_ids, conditioning_embeds)
+        tokens = Tokens(
+            input_ids, inputs_embeds, noise_levels, position_ids, conditioning_embeds, modality_ids
+        )
         if kv_cache is None:
             hidden_states = self._states(tokens, attention_plan, None)
         else:

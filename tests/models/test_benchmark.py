@@ -32,6 +32,7 @@ OPTIONS = {
     ],
     "training_step": TINY_STEP,
     "text_to_image": ["--batches", "1", "2", "--repeats", "1", "--steps", "2", "--curve", "1"],
+    "cached_pictures": ["--prompts", "1", "--steps", "3", "--repeats", "1", "--batches", "1"],
     "image_to_text": ["--repeats", "1"],
     "kill_storm": ["--kills", "3", "--steps", "12"],
     "text_generation": ["--preset", "tiny", "--quick"],
@@ -150,6 +151,19 @@ def test_quality_of_drawings(report, tmp_path):
     assert again == found
     with pytest.raises(SystemExit, match="holds other pictures"):
         report("text_to_image", *options, "--limit", "5")
+
+
+@pytest.mark.slow
+def test_cached_pictures(report):
+    found = report("cached_pictures")
+    for rows in found["divergence"].values():
+        assert set(rows) == set(found["caches"])
+        assert rows["exact"]["argmax_agreement"] == rows["exact"]["runs_alike"] == 1
+        assert rows["exact"]["kl_p95"] < 1e-6 < rows["feature"]["kl_p95"]
+    columns = {row["cache"]: row["columns"] for row in found["seconds_per_picture"]}
+    assert set(columns) == {"no_cache", *found["caches"]}
+    assert columns["exact"] < columns["no_cache"] == 1
+    assert all(0 < share <= 1 for share in columns.values())
 
 
 @pytest.mark.slow
