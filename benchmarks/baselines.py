@@ -78,12 +78,8 @@ def table(reports: Mapping[str, Mapping[str, Any]], speed: Mapping[str, Any]) ->
             continue
         beside = ", ".join(f"{who} {format_value(v)}" for who, v in some["baselines"].items())
         rows.append([name, *map(_cell, found), str(some["n"]), beside])
-    for role, each in speed.get("equal_alignment", {}).items():
-        if each is None:
-            text = "none of its steps"
-        else:
-            text = f"{each['pictures_per_second']:.3g} in {each['steps']} steps"
-        cells = [text if name == role else "" for name in reports]
+    if speed:
+        cells = [_speed(speed["equal_alignment"], role) for role in reports]
         rows.append([f"pictures/s, alignment of {speed['reference']}", *cells, "", ""])
     widths = [max(len(row[place]) for row in rows) for place in range(len(rows[0]))]
     return "\n".join(
@@ -99,6 +95,15 @@ def _cell(metric: Mapping[str, Any] | None) -> str:
     if metric["low"] is not None:
         interval = f" [{format_value(metric['low'])}, {format_value(metric['high'])}]"
     return f"{format_value(metric['value'])}{interval}"
+
+
+def _speed(found: Mapping[str, Mapping[str, Any] | None], role: str) -> str:
+    if role not in found:
+        return "-"
+    each = found[role]
+    if each is None:
+        return "not reached"
+    return f"{each['pictures_per_second']:.3g} in {each['steps']} steps"
 
 
 def drawing_settings(reports: Mapping[str, Mapping[str, Any]]) -> dict[str, list[dict[str, Any]]]:
