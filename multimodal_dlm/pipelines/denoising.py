@@ -1,22 +1,21 @@
 """The one denoising loop: canvas in, canvas out, for every task, modality and guidance.
 
-The loop owns what is between the backbone and the scheduler: branches, attention plans, caches,
-noise levels, windows, the translation between unified ids and columns, and the row generators. It
-knows no modality by name, no mask schedule and no tokenizer.
+The loop owns what is between the backbone and the scheduler: branches, windows, the translation
+between unified ids and columns, and the row generators; forwards with their plans, caches and noise
+levels are in `lanes.py`. It knows no modality by name, no mask schedule and no tokenizer.
 """
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from jaxtyping import Bool, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from multimodal_dlm.canvas import Canvas, LevelGroups
+from multimodal_dlm.canvas import Canvas
 from multimodal_dlm.errors import CanvasError, ConfigError
-from multimodal_dlm.models.attention_plan import AttentionPlan
 from multimodal_dlm.pipelines.guidance import (
     Branch,
     BranchBuilder,
@@ -25,6 +24,7 @@ from multimodal_dlm.pipelines.guidance import (
     is_guided,
     restrict,
 )
+from multimodal_dlm.pipelines.lanes import Forwards
 from multimodal_dlm.pipelines.noise_groups import Group, noise_groups, stage_steps
 from multimodal_dlm.pipelines.randomness import group_generators
 
@@ -54,7 +54,7 @@ class DenoisingOutput:
 
     Args:
         canvas: The canvas with every free position written.
-        num_forwards: Calls of the backbone, over all branches.
+        num_forwards: Forwards of all branches; those of one step may share a call of the backbone.
         num_steps: Steps taken.
         is_complete: False when a callback stopped the run, or took tokens back that no step wrote
             again; the rest are then last predictions.
@@ -64,104 +64,6 @@ class DenoisingOutput:
     num_forwards: int
     num_steps: int
     is_complete: bool
-
-
-@dataclass
-class _Lane:
-    """What stays the same over the forwards of one branch and some of its rows."""
-
-    canvas: Canvas
-    plan: AttentionPlan
-    cache: Any
-    groups: LevelGroups
-
-
-@dataclass
-class _Forwards:
-    """The branches of a run with what each forward needs; rebuilt when the canvas changes shape."""
-
-    transformer: Any
-    branches: list[Branch]
-    lanes: dict[str, _Lane]
-    rows: Tensor
-    num_forwards: int = 0
-
-    @classmethod
-    def open(
-        cls, transformer: Any, branches: Sequence[Branch], num_forwards: int = 0
-    ) -> "_Forwards":
-        """Build one attention plan and one cache per branch."""
-        canvas = branches[0].canvas
-        for window in canvas.free_windows():
-            part = canvas.window_slice(window)
-            for branch in branches:
-                if branch.serves(window):
-                    branch.part(window, part.stop - part.start)
-        rows = torch.arange(canvas.batch_size, device=canvas.device)
-        forwards = cls(transformer, list(branches), {}, rows, num_forwards)
-        forwards._prepare(rows)
-        return forwards
-
-    def _prepare(self, rows: Tensor) -> None:
-        """Plans and caches of some rows, from nothing."""
-        self.rows = rows
-        for branch in self.branches:
-            canvas = branch.canvas.select_rows(rows)
-            plan = AttentionPlan.from_canvas(canvas)
-            cache = self.transformer.new_cache(plan, canvas.is_free)
-            self.lanes[branch.name] = _Lane(canvas, plan, cache, LevelGroups.of(canvas))
-
-    def focus(self, rows: Tensor) -> None:
-        """Compute these rows from now on: plans and caches follow, and begin anew for new ones.
-
-        Where a cache keeps much, leaving rows out copies it: at least half of them go at once.
-        """
-        if torch.equal(rows, self.rows):
-            return
-        if not bool(torch.isin(rows, self.rows).all()):
-            self._prepare(rows)
-            return
-        is_kept = any(lane.cache is not None for lane in self.lanes.values())
-        if is_kept and 2 * len(rows) > len(self.rows):
-            return
-        places = torch.searchsorted(self.rows, rows)
-        for lane in self.lanes.values():
-            lane.canvas = lane.canvas.select_rows(places)
-            lane.plan = lane.plan.select_rows(places)
-            lane.groups = LevelGroups.of(lane.canvas)
-            if lane.cache is not None:
-                lane.cache.select_rows(places)
-        self.rows = rows
-
-    def __call__(self, branch: Branch, groups: Sequence[Group] | None = None) -> Any:
-        """One call of the backbone on a branch, for the states of some groups or of all columns."""
-        self.num_forwards += 1
-        lane = self.lanes[branch.name]
-        ids = branch.canvas.input_ids
-        if len(self.rows) < len(ids):
-            ids = ids[self.rows]
-        cache = None if groups is None else lane.cache
-        if cache is not None and groups:
-            parts = [g.columns(branch.canvas) for g in groups]
-            cache.read([column for part in parts for column in range(part.start, part.stop)])
-        with self.transformer.cache_context(branch.name):
-            return self.transformer(
-                ids,
-                noise_levels=lane.groups.levels(self.transformer.vocabulary.is_masked(ids)),
-                modality_ids=lane.canvas.modality_ids,
-                position_ids=lane.canvas.position_ids,
-                attention_plan=lane.plan,
-                kv_cache=cache,
-            )
-
-    def write(self, canvas: Canvas, windows: Iterable[int]) -> None:
-        """Copy written windows of the main canvas into the branches that serve them."""
-        for window in windows:
-            ids = canvas.input_ids[:, canvas.window_slice(window)]
-            self.branches = [
-                branch.write(window, ids) if branch.serves(window) else branch
-                for branch in self.branches
-            ]
 
 
 @torch.no_grad()
@@ -250,7 +152,7 @@ class _Loop:
         self.canvas = canvas
         self.builder = builder
         self.time_windows = time_windows
-        self.forwards = _Forwards.open(transformer, builder(canvas))
+        self.forwards = Forwards(transformer, builder(canvas))
         self.runs: list[GroupRun] = []
         self.num_steps = 0
         self._waiting: tuple[Canvas, Tensor] | None = None
@@ -324,7 +226,7 @@ class _Loop:
         return bool(self.is_waiting.any())
 
     def step(self, timestep: float, guided: bool, waiting: WaitingRows) -> bool:
-        """One forward per branch, then one scheduler step per waiting group.
+        """The forwards of all branches, then one scheduler step per waiting group.
 
         Returns:
             False when no group's time window has begun, so that nothing was computed.
@@ -339,47 +241,25 @@ class _Loop:
             if any(branch.serves(run.group.window) for run in runs)
         ]
         # A row that has finished its block stays for the next: what is kept of it would be lost.
-        self.forwards.focus(self.is_waiting.any(dim=1).nonzero().flatten())
-        outputs = {
-            branch.name: self.forwards(
-                branch, [run.group for run in runs if branch.serves(run.group.window)]
-            )
-            for branch in branches
-        }
+        rows = self.is_waiting.any(dim=1).nonzero().flatten()
+        self.forwards(branches, rows, [run.group for run in runs])
         ids = self.canvas.input_ids.clone()
         for run in runs:
             serving = [branch for branch in branches if branch.serves(run.group.window)]
-            ids[:, run.group.columns(self.canvas)] = self._write(run, serving, outputs, timestep)
+            ids[:, run.group.columns(self.canvas)] = self._write(run, serving, timestep)
         self.num_steps += 1
         self.canvas = self.canvas.replace(input_ids=ids)
         self.forwards.write(self.canvas, {run.group.window for run in runs})
         return True
 
     def _write(
-        self,
-        run: GroupRun,
-        branches: Sequence[Branch],
-        outputs: Mapping[str, Any],
-        timestep: float,
+        self, run: GroupRun, branches: Sequence[Branch], timestep: float
     ) -> Int[Tensor, "batch positions"]:
         """Unified ids of a group after one scheduler step."""
         group = run.group
         part = group.columns(self.canvas)
-        picked = self.is_waiting[:, part]
-        rows = self.forwards.rows
-        picked = picked if len(rows) == len(picked) else picked[rows]
-        logits = {
-            branch.name: self.transformer.compute_logits(
-                outputs[branch.name].hidden_states[:, group.columns(branch.canvas)][picked],
-                group.modality,
-            )
-            for branch in branches
-        }
-        quality = outputs[branches[0].name].token_quality
-        if quality is not None:
-            shape = (self.canvas.batch_size, part.stop - part.start)
-            own = quality[:, group.columns(branches[0].canvas)]
-            quality = own.new_zeros(shape).index_copy_(0, rows, own)
+        logits = self._logits(group, branches, self.is_waiting[:, part])
+        quality = self.forwards.lane(branches[0]).token_quality(branches[0], group)
         sample, is_free = self._sample(group)
         stepped = self.scheduler.step_masked(
             combine(logits, {branch.name: branch.weight for branch in branches}),
@@ -394,6 +274,18 @@ class _Loop:
         run.state = stepped.state
         run.prediction = stepped.pred_original_sample
         return self._merge(part, is_free, stepped.prev_sample, group.modality)
+
+    def _logits(
+        self, group: Group, branches: Sequence[Branch], is_picked: Bool[Tensor, "batch positions"]
+    ) -> dict[str, Float[Tensor, "picked columns"]]:
+        """Logits of each branch at some positions of a group, from the last forwards."""
+        rows, positions = is_picked.nonzero(as_tuple=True)
+        return {
+            branch.name: self.transformer.compute_logits(
+                self.forwards.lane(branch).states(branch, group, rows, positions), group.modality
+            )
+            for branch in branches
+        }
 
     def _merge(self, part: slice, is_written: Tensor, columns: Tensor, modality: str) -> Tensor:
         """Unified ids of a part, some taken from columns and the rest kept."""
@@ -422,9 +314,7 @@ class _Loop:
         if canvas is self.canvas:
             return
         self.canvas = canvas
-        self.forwards = _Forwards.open(
-            self.transformer, self.builder(canvas), self.forwards.num_forwards
-        )
+        self.forwards = Forwards(self.transformer, self.builder(canvas), self.forwards.num_forwards)
         stages = noise_groups(canvas, self.vocabulary.modalities)
         found = {(group.window, group.order): group for stage in stages for group in stage}
         for run in self.runs:
@@ -436,7 +326,8 @@ class _Loop:
         """End early: free masks take the last prediction, or the likeliest token without one."""
         predictions = {run.group: run.prediction for run in self.runs}
         ids = self.canvas.input_ids.clone()
-        states: Tensor | None = None  # Only where there is no prediction.
+        first = self.forwards.branches[0]
+        is_computed = False  # Only where there is no prediction.
         for group in (group for stage in stages for group in stage):
             part = group.columns(self.canvas)
             sample, is_free = self._sample(group)
@@ -445,17 +336,14 @@ class _Loop:
                 continue
             columns = predictions.get(group)
             if columns is None:
-                states = self._conditional_states() if states is None else states
-                logits = self.transformer.compute_logits(states[:, part], group.modality)
-                columns = logits.argmax(dim=-1)
+                if not is_computed:
+                    self.forwards([first], torch.arange(len(ids), device=ids.device))
+                    is_computed = True
+                logits = self._logits(group, [first], is_masked)[first.name]
+                columns = sample.masked_scatter(is_masked, logits.argmax(dim=-1))
             ids[:, part] = self._merge(part, is_masked, columns, group.modality)
         self.canvas = self.canvas.replace(input_ids=ids)
         return self.output(is_complete=False)
-
-    def _conditional_states(self) -> Tensor:
-        """Hidden states of the main canvas by one more forward."""
-        self.forwards.focus(torch.arange(self.canvas.batch_size, device=self.canvas.device))
-        return self.forwards(self.forwards.branches[0]).hidden_states
 
     def output(self, *, is_complete: bool) -> DenoisingOutput:
         """The result of the run."""

@@ -8,7 +8,7 @@ only changes what the second branch holds. LLaDA-family `cfg_scale` is g - 1.
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor
 
 from multimodal_dlm.canvas import Canvas
@@ -20,10 +20,11 @@ UNCONDITIONAL = "uncond"
 
 @dataclass(frozen=True)
 class Branch:
-    """One forward of a guided step.
+    """One of the canvases whose logits make a guided step.
 
     Args:
-        name: Name given to `transformer.cache_context`.
+        name: Its name; those of the branches of a forward are given to `cache_context`, joined
+            by `+`.
         canvas: What the backbone sees; its free windows have the lengths of the main canvas.
         weight: Weight of its logits; the weights of all branches sum to 1.
         windows: Windows whose logits it takes part in; None means all. A window that only some
@@ -48,12 +49,6 @@ class Branch:
                 f" {part.stop - part.start} in `{self.name}` and {length}."
             )
         return part
-
-    def write(self, window: int, ids: Int[Tensor, "batch window"]) -> "Branch":
-        """The branch with the ids of one window exchanged."""
-        input_ids = self.canvas.input_ids.clone()
-        input_ids[:, self.part(window, ids.shape[1])] = ids
-        return replace(self, canvas=self.canvas.replace(input_ids=input_ids))
 
 
 BranchBuilder = Callable[[Canvas], Sequence[Branch]]
