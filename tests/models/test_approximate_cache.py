@@ -136,10 +136,9 @@ def test_a_threshold_that_admits_nothing_is_exact(shift):
     checked = Checked(model)
     found = run(checked, canvas, guidance=2.5)
     assert torch.equal(found.canvas.input_ids, expected.canvas.input_ids)
-    assert checked.num_compared == found.num_forwards == expected.num_forwards
+    assert checked.num_compared >= found.num_forwards == expected.num_forwards
     rows = [count for count, _ in checked.columns]
-    assert rows[0] == 3
-    assert rows[-1] == 1
+    assert rows[0] == 3 * rows[-1]
     assert {columns for _, columns in checked.columns} <= {CONDITION + ANSWER, 4 + ANSWER}
 
 
