@@ -242,7 +242,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
         "utilisation": round(flops / median["ours"] / rate, 4),
         "tokens_per_second": round(tokens / median["ours"], 1),
         "ratios": {k: round(v / median["ours"], 3) for k, v in median.items() if k != "ours"},
-        "native_kernels": kernels() is not None,
+        "native_kernels": kernels("amx") is not None,
         "step_seconds": {
             name: {"median": round(median[name], 4), "all": [round(s, 4) for s in times]}
             for name, times in seconds.items()

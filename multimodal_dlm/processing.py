@@ -74,6 +74,7 @@ class UnifiedProcessor:
     ) -> None:
         self.vocabulary = vocabulary
         self.layout = check_layout(layout)
+        self._is_causal = self.layout["condition_attention"] == "causal"
         self.blocks = text_blocks(self.layout)
         self.tokenizer = tokenizer
         self.image_grids = tuple((int(h), int(w)) for h, w in image_grids)
@@ -489,11 +490,10 @@ class UnifiedProcessor:
             if bool(kept.any()):
                 row.ids[window] = canvas.input_ids[index, part][kept].cpu().numpy()
                 row.is_free[window] = canvas.is_free[index, part][kept].cpu().numpy()
-                row.order[window] = canvas.order[index, part][kept].cpu().numpy()
+                order = canvas.order[index, part][kept].cpu().numpy()
+                row.order[window] = int(order.min()) if self._is_causal else order
         return row
 
     def _assemble(self, rows: Sequence[LayoutRow]) -> Canvas:
         canvas = assemble(rows, self._windows, self.vocabulary)
-        if self.layout["condition_attention"] == "causal":
-            return canvas.replace(order=causal_order(canvas))
-        return canvas
+        return canvas.replace(order=causal_order(canvas)) if self._is_causal else canvas

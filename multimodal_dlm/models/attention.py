@@ -88,15 +88,27 @@ class UnifiedAttnProcessor:
     ) -> Float[Tensor, "batch length width"]:
         """Queries of `hidden_states` against its own keys, and the cached ones if there are any."""
         qkv = wide_linear(attn.to_qkv, hidden_states)
-        backend = self.choose(qkv, plan, kv_cache)
         is_plain = kv_cache is None and attn.is_plain and rotary.cos.shape[-1] == attn.head_dim
-        if backend == "eager" and is_plain and use_fused(qkv):
+        if is_plain and use_fused(qkv) and self.choose(qkv, plan, kv_cache) == "eager":
             parts = qkv.view(*qkv.shape[:2], -1, attn.head_dim)
             out = RotaryAttention.apply(parts, rotary.cos, rotary.sin, plan.bias(qkv.dtype))
             return attn.to_out(out)
         queries_keys, value = attn.split_heads(qkv)
         turned = apply_rotary(queries_keys, rotary)
         query, key = turned.split([attn.num_heads, attn.num_key_value_heads], dim=2)
+        return attn.to_out(self.attend(attn, query, key, value, plan, kv_cache))
+
+    def attend(
+        self,
+        attn: "UnifiedAttention",
+        query: Float[Tensor, "batch length heads dim"],
+        key: Float[Tensor, "batch length kv_heads dim"],
+        value: Float[Tensor, "batch length kv_heads dim"],
+        plan: AttentionPlan,
+        kv_cache: LayerStore | None,
+    ) -> Float[Tensor, "batch length inner"]:
+        """Queries against the keys of their own forward, and the cached ones if there are any."""
+        backend = self.choose(query, plan, kv_cache)
         if kv_cache is not None:
             key, value = kv_cache.update(attn.layer, key, value)
         if backend == "eager":
@@ -120,17 +132,17 @@ class UnifiedAttnProcessor:
                 backend=AttentionBackendName(backend),
                 parallel_config=self._parallel_config,
             )
-        return attn.to_out(out.flatten(2))
+        return out.flatten(2)
 
-    def choose(self, qkv: Tensor, plan: AttentionPlan, kv_cache: LayerStore | None) -> str:
+    def choose(self, states: Tensor, plan: AttentionPlan, kv_cache: LayerStore | None) -> str:
         """The name of the backend to use; `auto` resolved by device, dtype and length."""
         name = self._attention_backend
         if name is not None and name != "auto":
             chosen = name.value if isinstance(name, AttentionBackendName) else name
-            return check_backend(chosen, qkv.device, needs_mask=plan.mask is not None)
-        length = qkv.shape[1] if kv_cache is None else kv_cache.length
+            return check_backend(chosen, states.device, needs_mask=plan.mask is not None)
+        length = states.shape[1] if kv_cache is None else kv_cache.length
         is_short = length <= EAGER_MAX_LENGTH and self._parallel_config is None
-        is_low = qkv.device.type == "cpu" and qkv.dtype == torch.bfloat16
+        is_low = states.device.type == "cpu" and states.dtype == torch.bfloat16
         return "eager" if is_low and is_short else "native"
 
 
@@ -181,13 +193,20 @@ class UnifiedAttention(nn.Module, AttentionModuleMixin):
         """True without grouped queries and without query and key norms."""
         return self.norm_q is None and self.num_heads == self.num_key_value_heads
 
+    def is_whole(self, rotary: Rotary) -> bool:
+        """True where heads are only rotated, over their whole width, by the usual processor."""
+        return (
+            self.norm_q is None
+            and rotary.cos.shape[-1] == self.head_dim
+            and type(self.processor) is UnifiedAttnProcessor
+        )
+
     def is_plain_eager(self, hidden_states: Tensor, rotary: Rotary, plan: AttentionPlan) -> bool:
         """True where this layer is plain and fully rotated, and its processor chooses `eager`."""
-        processor = self.processor
+        processor = cast("UnifiedAttnProcessor", self.processor)
         return (
             self.is_plain
-            and rotary.cos.shape[-1] == self.head_dim
-            and type(processor) is UnifiedAttnProcessor
+            and self.is_whole(rotary)
             and processor.choose(hidden_states, plan, None) == "eager"
         )
 
@@ -208,6 +227,18 @@ class UnifiedAttention(nn.Module, AttentionModuleMixin):
             normed = _cast_norm(self.norm_q, query), _cast_norm(self.norm_k, key)
             queries_keys = torch.cat(normed, dim=2)
         return queries_keys, value
+
+    def attend(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        plan: AttentionPlan,
+        kv_cache: LayerStore | None,
+    ) -> Tensor:
+        """What the processor does between the projections; (batch, length, heads, dim) in."""
+        processor = cast("UnifiedAttnProcessor", self.processor)
+        return processor.attend(self, query, key, value, plan, kv_cache)
 
     def forward(
         self,

@@ -29,19 +29,19 @@ def plain_functions() -> Iterator[None]:
         _IS_PLAIN.reset(token)
 
 
-def may_replace(hidden_states: Tensor) -> bool:
-    """True where plain PyTorch may be replaced: bf16 on the CPU, not being compiled."""
+def is_replaceable(hidden_states: Tensor, dtype: torch.dtype) -> bool:
+    """True where plain PyTorch may be replaced: in this dtype on the CPU, not being compiled."""
     return (
         not _IS_PLAIN.get()
-        and hidden_states.dtype == torch.bfloat16
+        and hidden_states.dtype == dtype
         and hidden_states.device.type == "cpu"
         and not torch.compiler.is_compiling()
     )
 
 
 def use_fused(hidden_states: Tensor) -> bool:
-    """True where the fused functions of this module pay: as above, with gradients."""
-    return torch.is_grad_enabled() and may_replace(hidden_states)
+    """True where the fused functions of this module pay: in bf16, with gradients."""
+    return torch.is_grad_enabled() and is_replaceable(hidden_states, torch.bfloat16)
 
 
 def _pick(table: Tensor, rows: Tensor) -> Tensor:

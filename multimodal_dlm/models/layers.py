@@ -12,8 +12,8 @@ from multimodal_dlm.models.fused import (
     use_fused,
     wide_linear,
 )
-from multimodal_dlm.models.native.functions import Tables
-from multimodal_dlm.models.noise_conditioning import Gating, token_tables
+from multimodal_dlm.models.native.weights import Tables
+from multimodal_dlm.models.noise_conditioning import Gating, level_tables, token_tables
 
 
 class RMSNorm(nn.Module):
@@ -62,12 +62,7 @@ class RMSNorm(nn.Module):
             return Tables(
                 weight[None], torch.zeros_like(weight[None]), torch.ones_like(weight[None]), rows
             )
-        return Tables(
-            weight * (1 + gating.scale.float()),
-            gating.shift.float().contiguous(),
-            1 + gating.gate.float(),
-            gating.modulation.short_rows,
-        )
+        return Tables(*level_tables(gating, weight), gating.modulation.short_rows)
 
 
 def add_gated(

@@ -19,6 +19,7 @@ from multimodal_dlm.errors import ConfigError, unknown_name
 NUM_LEVELS = 257
 NOISE_CONDITIONINGS = ("ada_norm_single", "additive", "none")
 NUM_FREQUENCIES = 128
+NUM_HALVES = 2  # Of a block.
 
 
 def level_index(noise_levels: Float[Tensor, "*shape"]) -> Int[Tensor, "*shape"]:
@@ -34,7 +35,8 @@ class Modulation:
         features: One row for each level present, (rows, width).
         rows: Row of `features` for each token, (batch, length).
         known: Tables that earlier forwards made of the same features, by the parameter and the half
-            they are for; None where nothing is kept.
+            they are for (halves of `level_tables` count on after those of `token_tables`); None
+            where nothing is kept.
     """
 
     features: Float[Tensor, "rows width"]
@@ -47,7 +49,8 @@ class Modulation:
 
     def gatings(self, offset: Float[Tensor, "six width"]) -> "tuple[Gating, Gating]":
         """What the attention and the MLP of a block take."""
-        is_known = self.known is not None and (offset, 1) in self.known
+        known = self.known or {}
+        is_known = (offset, 1) in known or (offset, 1 + NUM_HALVES) in known
         tables = () if is_known else self.tables(offset)
         return Gating(self, (offset, 0), tables[:3], []), Gating(self, (offset, 1), tables[3:], [])
 
@@ -119,12 +122,31 @@ def token_tables(
         known = gating.modulation.known
         table = None if known is None else known.get(gating.key)
         if table is None:
-            shift, scale, gate = gating.tables
+            shift, scale, gate = gating.tables or gating.own
             table = torch.cat([shift, weight * (1 + scale), 1 + gate], dim=-1).to(dtype)
             if known is not None:
                 known[gating.key] = table
         gating.made.extend(F.embedding(gating.modulation.rows, table).chunk(3, dim=-1))
     return gating.made
+
+
+def level_tables(gating: Gating, weight: Float[Tensor, " width"]) -> tuple[Tensor, Tensor, Tensor]:
+    """weight x (1 + scale), shift and 1 + gate of each level, in float32, (rows, width) each.
+
+    Args:
+        gating: Of a half of a block.
+        weight: Of the half's norm.
+    """
+    known, (offset, half) = gating.modulation.known, gating.key
+    key = offset, half + NUM_HALVES
+    table = None if known is None else known.get(key)
+    if table is None:
+        shift, scale, gate = (part.float() for part in gating.own)
+        table = torch.stack([weight * (1 + scale), shift, 1 + gate])
+        if known is not None:
+            known[key] = table
+    factor, shift, gate = table
+    return factor, shift, gate
 
 
 class NoiseConditioning(nn.Module):

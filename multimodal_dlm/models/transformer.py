@@ -42,12 +42,8 @@ from multimodal_dlm.models.cache_base import (
 from multimodal_dlm.models.caches import CACHE_CONFIGS, CacheChoice
 from multimodal_dlm.models.fused import is_unhooked
 from multimodal_dlm.models.layers import RMSNorm, SwiGLU, add_gated
-from multimodal_dlm.models.native.functions import (
-    PackedWeights,
-    can_run,
-    gated_attention,
-    gated_mlp,
-)
+from multimodal_dlm.models.native import bf16, float32
+from multimodal_dlm.models.native.weights import PackedWeights
 from multimodal_dlm.models.noise_conditioning import Gating, Modulation, NoiseConditioning
 from multimodal_dlm.models.positions import Rotary, check_axes, rotary_tables
 from multimodal_dlm.vocabulary import UnifiedVocabulary
@@ -96,31 +92,57 @@ class UnifiedTransformerBlock(nn.Module):
         first = second = None
         if modulation is not None and self.scale_shift_table is not None:
             first, second = modulation.gatings(self.scale_shift_table)
-        attn, layers = self.attn, (self.attn.to_qkv, self.attn.to_out)
-        if (
-            kv_cache is None
-            and attn.is_plain_eager(hidden_states, rotary, plan)
-            and is_unhooked(attn)
-            and is_unhooked(self.norm1)
-            and rotary.cos.shape[0] == plan.order.shape[0] == hidden_states.shape[0]
-            and can_run(hidden_states, layers, hidden_states.shape[-1], attn.head_dim)
-        ):
-            tables, bias = self.norm1.tables(hidden_states, first), plan.bias(hidden_states.dtype)
-            hidden_states = gated_attention(
-                hidden_states, tables, layers, self.norm1.eps, rotary, bias, self._packed[0]
-            )
-        else:
-            attended = attn(self.norm1(hidden_states, first), rotary, plan, kv_cache)
-            hidden_states = add_gated(hidden_states, attended, first, self.norm1)
+        hidden_states = self._attend(hidden_states, first, rotary, plan, kv_cache)
         return self._transform(hidden_states, second)
+
+    def _attend(
+        self,
+        hidden_states: Tensor,
+        gating: Gating | None,
+        rotary: Rotary,
+        plan: AttentionPlan,
+        kv_cache: LayerStore | None,
+    ) -> Tensor:
+        """The first half of the block."""
+        attn, norm, layers = self.attn, self.norm1, (self.attn.to_qkv, self.attn.to_out)
+        sizes = hidden_states.shape[-1], attn.head_dim
+        batch = hidden_states.shape[0]
+        is_usual = (
+            is_unhooked(attn)
+            and is_unhooked(norm)
+            and rotary.cos.shape[0] == plan.order.shape[0] == batch
+        )
+        if is_usual and attn.is_whole(rotary) and float32.can_run(hidden_states, layers, *sizes):
+            tables = norm.tables(hidden_states, gating)
+            half = float32.GatedAttention(hidden_states, tables, layers, self._packed[0])
+            parts = attn.num_heads, attn.num_key_value_heads, attn.num_key_value_heads
+            query, key, value = half.heads(rotary, sum(parts[:2]), norm.eps).split(parts, dim=2)
+            return half.finish(attn.attend(query, key, value, plan, kv_cache))
+        if (
+            is_usual
+            and kv_cache is None
+            and attn.is_plain_eager(hidden_states, rotary, plan)
+            and bf16.can_run(hidden_states, layers, *sizes)
+        ):
+            tables, bias = norm.tables(hidden_states, gating), plan.bias(hidden_states.dtype)
+            packed = self._packed[0]
+            return bf16.gated_attention(
+                hidden_states, tables, layers, norm.eps, rotary, bias, packed
+            )
+        attended = attn(norm(hidden_states, gating), rotary, plan, kv_cache)
+        return add_gated(hidden_states, attended, gating, norm)
 
     def _transform(self, hidden_states: Tensor, gating: Gating | None) -> Tensor:
         """The second half of the block."""
         mlp, norm = self.mlp, self.norm2
         layers, sizes = (mlp.gate_up_proj, mlp.down_proj), (hidden_states.shape[-1], mlp.inner_size)
-        if can_run(hidden_states, layers, *sizes) and is_unhooked(mlp) and is_unhooked(norm):
-            tables = norm.tables(hidden_states, gating)
-            return gated_mlp(hidden_states, tables, layers, norm.eps, self._packed[1])
+        if is_unhooked(mlp) and is_unhooked(norm):
+            for native in (float32, bf16):
+                if native.can_run(hidden_states, layers, *sizes):
+                    tables = norm.tables(hidden_states, gating)
+                    return native.gated_mlp(
+                        hidden_states, tables, layers, norm.eps, self._packed[1]
+                    )
         return add_gated(hidden_states, mlp(norm(hidden_states, gating)), gating, norm)
 
 

@@ -203,20 +203,25 @@ def stack(canvases: Sequence[Canvas]) -> Canvas:
     """Rows of several canvases in one: each window and each run of structure in its own columns.
 
     Where a canvas has fewer columns of a window than another, or none, padding follows. Attention
-    does not see it, so the order of what is there, its positions and its levels stay.
+    does not see it, so positions and levels of what is there stay. Orders become the number of
+    columns of a lower order: what stands in the same columns opens at the same time in every row,
+    also where each token has an order of its own.
 
     Args:
         canvases: Their windows have one order, see `share_out`; all on one device.
     """
+    if len(canvases) == 1:
+        return canvases[0].replace(input_ids=canvases[0].input_ids.clone())
     runs = [_runs(canvas) for canvas in canvases]
     widths = _widths(runs)
     wide = [_widened(canvas, own, widths) for canvas, own in zip(canvases, runs, strict=True)]
-    return Canvas(
+    made = Canvas(
         **{
             part.name: torch.cat([getattr(canvas, part.name) for canvas in wide])
             for part in fields(Canvas)
         }
     )
+    return made.replace(order=(made.order[:, None] < made.order[:, :, None]).sum(dim=-1))
 
 
 def _widened(canvas: Canvas, runs: Mapping[Run, range], widths: Mapping[Run, int]) -> Canvas:
@@ -224,10 +229,12 @@ def _widened(canvas: Canvas, runs: Mapping[Run, range], widths: Mapping[Run, int
     columns: list[int] = []
     is_there: list[bool] = []
     windows: list[int] = []
+    last = 0
     for run, width in widths.items():
         own = runs.get(run, range(0))
         missing = width - len(own)
-        columns += [*own, *[own[-1] if own else 0] * missing]
+        last = own[-1] if own else last
+        columns += [*own, *[last] * missing]
         is_there += [True] * len(own) + [False] * missing
         windows += [run[0]] * width
     made = canvas.select_columns(torch.tensor(columns, device=canvas.device))

@@ -11,7 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from multimodal_dlm.models import native
 from multimodal_dlm.models.attention import eager_attention
-from multimodal_dlm.models.native import functions
+from multimodal_dlm.models.native import bf16
 from multimodal_dlm.models.positions import Rotary, apply_rotary, rotary_tables
 from tests.models.tiny import make_canvas, run, tiny_model
 
@@ -19,7 +19,7 @@ BATCH, LEVELS, WIDTH, INNER, HEADS, DIM, EPS = 3, 4, 64, 96, 2, 32, 1e-5
 WIDE = {"hidden_size": WIDTH, "intermediate_size": INNER, "axes_dims_rope": (16, 8, 8)}
 
 needs_kernels = pytest.mark.skipif(
-    native.kernels() is None, reason="needs a CPU with AMX tiles and a C++ compiler"
+    native.kernels("amx") is None, reason="needs a CPU with AMX tiles and a C++ compiler"
 )
 
 
@@ -104,7 +104,7 @@ def test_the_mlp_half(length):
     states, tables, weights, rows = make_inputs(length)
 
     def native_half(states, tables, weights, rows):
-        out = functions.GatedMLP.apply(states.flatten(0, 1), *tables, rows, *weights, EPS)
+        out = bf16.GatedMLP.apply(states.flatten(0, 1), *tables, rows, *weights, EPS)
         return out.view_as(states)
 
     def plain(states, tables, weights, rows):
@@ -122,7 +122,7 @@ def test_the_attention_half(length, has_bias):
 
     def native_half(states, tables, weights, rows):
         inputs = states, *tables, rows, *weights, rotary.cos, rotary.sin, bias, EPS
-        return functions.GatedAttention.apply(*inputs)
+        return bf16.GatedAttention.apply(*inputs)
 
     def plain(states, tables, weights, rows):
         return plain_half(states, tables, weights, rows, attend(rotary, bias))
@@ -154,7 +154,7 @@ def test_a_model_trains_the_same_natively(options, monkeypatch):
     found, names, _ = model_gradients(canvas, **options)
     assert "multimodal_dlm.mlp_backward" in names
     assert ("multimodal_dlm.attention_backward" in names) == ("qk_norm" not in options)
-    monkeypatch.setattr(functions, "kernels", lambda: None)
+    monkeypatch.setattr(bf16, "kernels", lambda name: None)
     plain, names, _ = model_gradients(canvas, **options)
     assert not any("multimodal_dlm" in name for name in names)
     exact, _, _ = model_gradients(canvas, is_exact=True, **options)
@@ -166,7 +166,7 @@ def test_a_model_trains_the_same_natively(options, monkeypatch):
 @needs_kernels
 @pytest.mark.parametrize("threads", [1, 2, 3])
 def test_the_same_threads_give_the_same_bits(threads, monkeypatch):
-    monkeypatch.setattr(functions, "_threads", lambda: threads)
+    monkeypatch.setattr(bf16, "num_threads", lambda: threads)
     canvas = make_canvas(torch.tensor([[0] * 70] * 5))
     first, second = (model_gradients(canvas)[0] for _ in range(2))
     assert all(torch.equal(first[name], second[name]) for name in first)
@@ -176,7 +176,7 @@ def test_the_same_threads_give_the_same_bits(threads, monkeypatch):
 def test_matmul_flops_are_counted_as_pytorch_counts_its_own(monkeypatch):
     canvas = make_canvas(torch.tensor([[0] * 64] * 2))
     _, _, found = model_gradients(canvas, noise_conditioning="none")
-    monkeypatch.setattr(functions, "kernels", lambda: None)
+    monkeypatch.setattr(bf16, "kernels", lambda name: None)
     _, _, plain = model_gradients(canvas, noise_conditioning="none")
     tokens, tables = 2 * 64, 2 * 2 * 2  # one factor a half; PyTorch sums its gradient by a product
     scores_again = 2 * 2 * tokens * 64 * HEADS * DIM  # not kept for backward
@@ -225,7 +225,7 @@ def test_a_library_is_not_loaded_from_a_folder_that_others_may_write(
     folder = tmp_path / "multimodal_dlm"
     folder.mkdir()
     folder.chmod(0o777)
-    assert fresh() is None
+    assert fresh("amx") is None
     assert "must belong to you" in caplog.text
 
 
@@ -240,14 +240,14 @@ def fresh(monkeypatch):
 def test_the_switch_turns_the_kernels_off(fresh, monkeypatch, caplog):
     monkeypatch.setenv(native.SWITCH, "0")
     with caplog.at_level(logging.INFO):
-        assert fresh() is None
+        assert fresh("amx") is None
     assert "switched off by MULTIMODAL_DLM_NATIVE=0" in caplog.text
 
 
 def test_another_cpu_trains_without_them(fresh, monkeypatch, caplog):
     monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
     with caplog.at_level(logging.INFO):
-        assert fresh() is None
+        assert fresh("amx") is None
     assert "need a CPU with AMX tiles" in caplog.text
 
 
@@ -255,10 +255,10 @@ def test_another_cpu_trains_without_them(fresh, monkeypatch, caplog):
 def test_no_compiler_and_a_broken_one_are_logged(fresh, monkeypatch, tmp_path, caplog):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setenv("CXX", "no-such-compiler")
-    assert fresh() is None
+    assert fresh("amx") is None
     assert "there is no C++ compiler. Install g++" in caplog.text
     monkeypatch.setenv("CXX", "false")
-    assert fresh() is None
+    assert fresh("amx") is None
     assert "returned non-zero exit status" in caplog.text
     assert not list(tmp_path.rglob("*.so"))
 

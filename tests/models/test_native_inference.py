@@ -9,12 +9,12 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from multimodal_dlm.models import native
 from multimodal_dlm.models.fused import plain_functions
-from multimodal_dlm.models.native import functions
+from multimodal_dlm.models.native import bf16, weights
 from tests.models.test_native import EPS, WIDE, make_attention, make_inputs
 from tests.models.tiny import make_canvas, run, tiny_model
 
 pytestmark = pytest.mark.skipif(
-    native.kernels() is None, reason="needs a CPU with AMX tiles and a C++ compiler"
+    native.kernels("amx") is None, reason="needs a CPU with AMX tiles and a C++ compiler"
 )
 ORDER = torch.tensor([[0] * 20 + [1] * 17] * 3)
 
@@ -22,16 +22,16 @@ ORDER = torch.tensor([[0] * 20 + [1] * 17] * 3)
 @pytest.mark.parametrize("threads", [1, 2, 3, 5])
 @pytest.mark.parametrize("length", [7, 45, 96])
 def test_the_bits_are_those_of_the_training_kernels(length, threads, monkeypatch):
-    monkeypatch.setattr(functions, "_threads", lambda: threads)
+    monkeypatch.setattr(bf16, "num_threads", lambda: threads)
     states, tables, weights, rows = make_inputs(length)
     rotary, bias = make_attention(length, has_bias=True)
-    gate_up, down, to_qkv, to_out = (functions.pack_forward(weight) for weight in weights)
+    gate_up, down, to_qkv, to_out = (bf16.pack_forward(weight) for weight in weights)
     flat = states.flatten(0, 1)
     mlp = flat, *tables, rows, gate_up, down, EPS
-    assert torch.equal(functions.mlp_inference(*mlp), functions.mlp_forward(*mlp)[0])
+    assert torch.equal(bf16.mlp_inference(*mlp), bf16.mlp_forward(*mlp)[0])
     attention = states, *tables, rows, to_qkv, to_out, rotary.cos, rotary.sin, bias, EPS
-    expected = functions.attention_forward(*attention)[0]
-    assert torch.equal(functions.attention_inference(*attention), expected)
+    expected = bf16.attention_forward(*attention)[0]
+    assert torch.equal(bf16.attention_inference(*attention), expected)
     assert not torch.equal(expected, states)
 
 
@@ -100,8 +100,9 @@ def test_a_changed_weight_is_laid_out_anew(layer, change):
 
 def test_what_is_kept_does_not_travel(monkeypatch):
     packs = []
-    pack = functions.pack_forward
-    monkeypatch.setattr(functions, "pack_forward", lambda w: packs.append(w.shape) or pack(w))
+    pack = bf16.pack_forward
+    layout = bf16.LAYOUT._replace(pack=lambda w: packs.append(w.shape) or pack(w))
+    monkeypatch.setattr(bf16, "LAYOUT", layout)
     canvas = make_canvas(ORDER)
     model = tiny_model(**WIDE).to(torch.bfloat16)
     states_of(model, canvas)
@@ -116,5 +117,6 @@ def test_what_is_kept_does_not_travel(monkeypatch):
 def test_large_weights_are_not_kept_twice(monkeypatch):
     canvas = make_canvas(ORDER)
     model = tiny_model(**{**WIDE, "intermediate_size": 128}).to(torch.bfloat16)
-    monkeypatch.setattr(functions, "MAX_KEPT", model.blocks[0].mlp.gate_up_proj.weight.numel() - 1)
+    largest = 2 * model.blocks[0].mlp.gate_up_proj.weight.numel()
+    monkeypatch.setattr(weights, "MAX_KEPT", largest - 1)
     assert operators(model, canvas) == {"attention_inference"}

@@ -272,3 +272,11 @@ def test_holes_are_filled_from_what_is_before_them(draw):
         for image in (pixels, behind)
     ]
     assert torch.equal(results[0][:, 1, 1:3], results[1][:, 1, 1:3])
+
+
+def test_what_closes_a_picture_comes_after_it_in_both_branches(draw):
+    canvas = draw.processor.text_to_image(PROMPTS)
+    for rows in (canvas, draw.processor.unconditional(canvas)):
+        part = rows.window_slice(1)
+        assert torch.equal(rows.order[:, part.stop], rows.order[:, part].max(dim=1).values + 1)
+        assert rows.order[:, part].diff(dim=1).eq(1).all()

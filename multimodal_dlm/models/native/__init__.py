@@ -1,10 +1,11 @@
-"""C++ kernels for bf16 on CPUs with AMX tiles, in training and inference, compiled on first use.
+"""C++ kernels for the CPU, compiled on first use.
 
-Nothing is compiled or loaded at import. The first forward that could use the kernels asks
-`kernels()`, which compiles the sources of this folder with the C++ compiler of the machine (a few
-seconds; no header of PyTorch is needed), keeps the library in the user's cache folder, and
-registers its functions as PyTorch operators, FLOP formulas included. Where that is impossible it
-logs why, once, and returns None: the PyTorch path runs. `MULTIMODAL_DLM_NATIVE=0` turns it off.
+`amx` trains and infers in bf16 on CPUs with AMX tiles, `avx2` infers in float32 on those that have
+no wider vectors. Nothing is compiled or loaded at import. The first forward that could use a set
+asks `kernels(name)`, which compiles the sources of its folder with the C++ compiler of the machine
+(a few seconds; no header of PyTorch is needed) and keeps the library in the user's cache folder.
+Where that is impossible it logs why, once, and returns None: the PyTorch path runs.
+`MULTIMODAL_DLM_NATIVE=0` turns both off.
 """
 
 import ctypes
@@ -16,8 +17,9 @@ import shutil
 import subprocess
 import tempfile
 import threading
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -28,10 +30,35 @@ SWITCH = "MULTIMODAL_DLM_NATIVE"
 MAX_THREADS = 256
 MAX_SCRATCH = 64 << 20  # Bytes kept from call to call.
 _FOLDER = Path(__file__).resolve().parent
-_FLAGS = (
-    "-O3", "-std=c++17", "-shared", "-fPIC", "-fopenmp", "-mfma", "-mavx512f", "-mavx512bw",
-    "-mavx512vl", "-mavx512dq", "-mavx512bf16", "-mamx-tile", "-mamx-bf16",
-)  # fmt: skip
+_FLAGS = ("-O3", "-std=c++17", "-shared", "-fPIC", "-fopenmp", "-mfma")
+
+
+class _Set(NamedTuple):
+    """Kernels for one kind of CPU, in the folder of its name."""
+
+    flags: tuple[str, ...]
+    needs: str
+    is_supported: Callable[[], bool]
+
+
+def _has_amx() -> bool:
+    return torch.cpu._is_amx_tile_supported() and torch.cpu._is_avx512_bf16_supported()
+
+
+def _is_avx2_best() -> bool:
+    # With AVX-512 PyTorch's own products are as fast as these or faster.
+    return torch.cpu._is_avx2_supported() and not torch.cpu._is_avx512_supported()
+
+
+SETS = {
+    "amx": _Set(
+        ("-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mavx512bf16", "-mamx-tile",
+         "-mamx-bf16"),
+        "AMX tiles",
+        _has_amx,
+    ),
+    "avx2": _Set(("-mavx2",), "AVX2 and no AVX-512", _is_avx2_best),
+}  # fmt: skip
 
 
 class Kernels:
@@ -65,6 +92,11 @@ class Kernels:
         self(name, *arguments, memory)
 
 
+def num_threads() -> int:
+    """Threads that a kernel may use."""
+    return min(torch.get_num_threads(), MAX_THREADS)
+
+
 def _c_value(argument: Any) -> Any:
     if argument is None:
         return ctypes.c_void_p()
@@ -76,38 +108,48 @@ def _c_value(argument: Any) -> Any:
 
 
 @functools.cache
-def kernels() -> Kernels | None:
-    """The compiled kernels; None where they cannot run or are switched off, which is logged."""
+def kernels(name: str) -> Kernels | None:
+    """A set of `SETS`, compiled; None where it cannot run or is switched off, which is logged."""
     if os.environ.get(SWITCH, "1") == "0":
         logger.info("Native kernels are switched off by %s=0.", SWITCH)
         return None
-    if not (torch.cpu._is_amx_tile_supported() and torch.cpu._is_avx512_bf16_supported()):
-        logger.info("Native kernels need a CPU with AMX tiles; PyTorch's kernels run instead.")
+    chosen = SETS[name]
+    if not chosen.is_supported():
+        logger.info(
+            "The `%s` kernels need a CPU with %s; PyTorch's run instead.", name, chosen.needs
+        )
         return None
+    return load(name)
+
+
+def load(name: str) -> Kernels | None:
+    """A set of `SETS`, compiled, whatever PyTorch's own kernels can do; None where that fails."""
     try:
-        library = Kernels(_compiled())
+        library = Kernels(_compiled(name))
     except (OSError, RuntimeError, subprocess.SubprocessError) as error:
         detail = getattr(error, "stderr", None) or error
-        logger.warning("Native kernels are left out, PyTorch's run instead: %s", detail)
+        logger.warning("The `%s` kernels are left out, PyTorch's run instead: %s", name, detail)
         return None
-    torch.cpu._init_amx()
+    if name == "amx":
+        torch.cpu._init_amx()
     return library
 
 
-def _compiled() -> Path:
-    """The library in the cache folder, compiled if these sources and flags are new to it."""
+def _compiled(name: str) -> Path:
+    """The library in the cache folder, compiled if its sources and flags are new to it."""
     compiler = shutil.which(os.environ.get("CXX", "g++"))
     if compiler is None:
         raise FileNotFoundError(
             "there is no C++ compiler. Install g++, or name another in the variable CXX"
         )
-    sources = sorted(_FOLDER.glob("*.cpp"))
-    flags = [*_FLAGS, *_openmp_library()]
+    folder = _FOLDER / name
+    sources = sorted(folder.glob("*.cpp"))
+    flags = [*_FLAGS, *SETS[name].flags, *_openmp_library()]
     digest = hashlib.sha256(" ".join([compiler, *flags]).encode())
-    for path in [*sources, *sorted(_FOLDER.glob("*.h"))]:
+    for path in [*sources, *sorted(folder.glob("*.h"))]:
         digest.update(path.read_bytes())
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "multimodal_dlm"
-    path = cache / f"kernels_{digest.hexdigest()[:16]}.so"
+    path = cache / f"{name}_{digest.hexdigest()[:16]}.so"
     cache.mkdir(mode=0o700, parents=True, exist_ok=True)
     if cache.stat().st_uid != os.getuid() or cache.stat().st_mode & 0o022:
         raise PermissionError(
@@ -115,9 +157,9 @@ def _compiled() -> Path:
             " it. Change its owner and mode, or set XDG_CACHE_HOME"
         )
     if not path.exists():
-        logger.info("Compiling the native kernels once, into %s.", path)
-        with tempfile.TemporaryDirectory(dir=cache) as folder:
-            fresh = Path(folder) / "kernels.so"
+        logger.info("Compiling the `%s` kernels once, into %s.", name, path)
+        with tempfile.TemporaryDirectory(dir=cache) as made:
+            fresh = Path(made) / "kernels.so"
             command = [compiler, *map(str, sources), *flags, "-o", str(fresh)]
             subprocess.run(command, check=True, capture_output=True, text=True, timeout=300)
             os.replace(fresh, path)

@@ -1,4 +1,4 @@
-"""The two halves of a transformer block over the native kernels, with and without gradients.
+"""The two halves of a transformer block in bf16 on AMX tiles, with and without gradients.
 
 Activations are read and written once for each half: the norm is applied while a product's left
 matrix is laid out, SwiGLU, rotary, gate and residual while its result leaves the tiles, and the
@@ -10,7 +10,7 @@ same bits.
 
 import math
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int
@@ -20,39 +20,18 @@ from torch.autograd.function import once_differentiable
 from torch.library import custom_op
 from torch.utils.flop_counter import register_flop_formula
 
-from multimodal_dlm.models.fused import is_bare_linear, may_replace
-from multimodal_dlm.models.native import MAX_THREADS, Kernels, kernels
+from multimodal_dlm.models.fused import is_bare_linear, is_replaceable
+from multimodal_dlm.models.native import Kernels, kernels, num_threads
+from multimodal_dlm.models.native.weights import Layout, PackedWeights, Tables, weights_of
 from multimodal_dlm.models.positions import Rotary
 
 EDGE = 32
-MAX_KEPT = 2**24  # Values of a weight.
-NUM_SAMPLED = 64  # Values by which a change of a weight is noticed.
-
-
-class Tables(NamedTuple):
-    """What a half block does to a token beside its layers, by the token's level; float32.
-
-    Args:
-        factor: Multiplied into the normalised token.
-        shift: Added to it.
-        gate: Multiplied into the half's output before it is added.
-        rows: Row of the tables for each token, int32.
-    """
-
-    factor: Float[Tensor, "levels width"]
-    shift: Float[Tensor, "levels width"]
-    gate: Float[Tensor, "levels width"]
-    rows: Int[Tensor, " tokens"]
 
 
 def _library() -> Kernels:
-    library = kernels()
+    library = kernels("amx")
     assert library is not None
     return library
-
-
-def _threads() -> int:
-    return min(torch.get_num_threads(), MAX_THREADS)
 
 
 def _strips(size: int) -> int:
@@ -70,55 +49,11 @@ def pack_forward(weight: Float[Tensor, "out inner"], backward: Tensor | None = N
     weight = weight.detach().contiguous()
     forward = torch.empty(weight.shape, dtype=torch.bfloat16)
     name = "pack_float" if weight.dtype == torch.float32 else "pack_bf16"
-    _library()(name, weight, forward, backward, *weight.shape, _threads())
+    _library()(name, weight, forward, backward, *weight.shape, num_threads())
     return forward
 
 
-def can_keep(weight: Tensor) -> bool:
-    """True for a weight small enough to be kept in a second layout: 32 MiB of bf16 at most."""
-    return weight.numel() <= MAX_KEPT
-
-
-class _Packed(NamedTuple):
-    version: int
-    pointer: int
-    sample: Tensor  # A view of the weight: while it lives no other tensor has the storage.
-    sampled: Tensor
-    panels: Tensor
-
-
-class PackedWeights:
-    """Weights of one half of a block as the kernels read them, kept between forwards.
-
-    A weight counts as unchanged while its storage, its version and a sample of its values are the
-    same: PyTorch counts no changes through `.data`, such as merged adapters. Copies of a model and
-    pickles begin with none.
-    """
-
-    def __init__(self) -> None:
-        self._kept: dict[int, _Packed] = {}
-
-    def __call__(self, weights: Sequence[Tensor]) -> list[Tensor]:
-        """The weights laid out for x W^T, always asked for in the same order."""
-        return [self._panels(place, weight) for place, weight in enumerate(weights)]
-
-    def _panels(self, place: int, weight: Tensor) -> Tensor:
-        kept = self._kept.get(place)
-        version = 0 if weight.is_inference() else weight._version
-        if (
-            kept is None
-            or (kept.version, kept.pointer) != (version, weight.data_ptr())
-            or kept.sample.dtype != weight.dtype
-            or not torch.equal(kept.sample, kept.sampled)
-        ):
-            flat = weight.detach().contiguous().view(-1)
-            sample = flat[:: max(1, flat.numel() // NUM_SAMPLED)]
-            kept = _Packed(version, weight.data_ptr(), sample, sample.clone(), pack_forward(weight))
-            self._kept[place] = kept
-        return kept.panels
-
-    def __reduce__(self) -> tuple[type["PackedWeights"], tuple[()]]:
-        return PackedWeights, ()
+LAYOUT = Layout(pack_forward, itemsize=2)
 
 
 @custom_op("multimodal_dlm::mlp_forward", mutates_args=(), device_types="cpu")
@@ -134,7 +69,7 @@ def mlp_forward(
     saved = x.new_empty(_strips(tokens), 2 * inner)
     _library().with_workspace(
         "mlp_forward", x, factor, shift, gate, rows, w_in, w_out, out, scales, saved, update,
-        tokens, width, inner, eps, _threads(),
+        tokens, width, inner, eps, num_threads(),
     )  # fmt: skip
     return out, scales, saved, update
 
@@ -151,7 +86,7 @@ def mlp_backward(
     d_in, d_out = tables.new_empty(w_in.shape), tables.new_empty(w_out.shape)
     _library().with_workspace(
         "mlp_backward", grad, x, factor, shift, gate, rows, w_in, w_out, scales, saved, update,
-        dx, tables, d_in, d_out, tokens, len(factor), width, inner, _threads(),
+        dx, tables, d_in, d_out, tokens, len(factor), width, inner, num_threads(),
     )  # fmt: skip
     return dx, tables, d_in, d_out
 
@@ -172,7 +107,7 @@ def attention_forward(
     _library().with_workspace(
         "attention_forward", x, factor, shift, gate, rows, w_in, w_out, cos, sin, bias, out, scales,
         saved, attended, logsumexp, update, batch, length, width, inner // dim, dim, eps,
-        _threads(),
+        num_threads(),
     )  # fmt: skip
     return out, scales, saved, attended, logsumexp, update
 
@@ -192,7 +127,7 @@ def attention_backward(
     _library().with_workspace(
         "attention_backward", grad, x, factor, shift, gate, rows, w_in, w_out, cos, sin, bias,
         scales, saved, attended, logsumexp, update, dx, tables, d_in, d_out, batch, length,
-        len(factor), width, inner // dim, dim, _threads(),
+        len(factor), width, inner // dim, dim, num_threads(),
     )  # fmt: skip
     return dx, tables, d_in, d_out
 
@@ -207,7 +142,7 @@ def mlp_inference(
     out = torch.empty_like(x)
     _library().with_workspace(
         "mlp_forward", x, factor, shift, gate, rows, w_in, w_out, out, None, None, None,
-        tokens, width, w_out.shape[1], eps, _threads(),
+        tokens, width, w_out.shape[1], eps, num_threads(),
     )  # fmt: skip
     return out
 
@@ -222,7 +157,8 @@ def attention_inference(
     dim, out = cos.shape[-1], torch.empty_like(x)
     _library().with_workspace(
         "attention_forward", x, factor, shift, gate, rows, w_in, w_out, cos, sin, bias, out, None,
-        None, None, None, None, batch, length, width, w_out.shape[1] // dim, dim, eps, _threads(),
+        None, None, None, None, batch, length, width, w_out.shape[1] // dim, dim, eps,
+        num_threads(),
     )  # fmt: skip
     return out
 
@@ -327,10 +263,6 @@ class GatedAttention(Function):
         return dx, *tables.unbind(), None, *weights, None, None, None, None
 
 
-def _weights(layers: Sequence[Any]) -> list[Tensor]:
-    return [layer.weight for layer in layers]
-
-
 def can_run(hidden_states: Tensor, layers: tuple[nn.Module, ...], *sizes: int) -> bool:
     """True where a half of a block may run natively.
 
@@ -341,13 +273,13 @@ def can_run(hidden_states: Tensor, layers: tuple[nn.Module, ...], *sizes: int) -
         sizes: Widths that must be whole blocks.
     """
     return (
-        may_replace(hidden_states)
+        is_replaceable(hidden_states, torch.bfloat16)
         and all(size % EDGE == 0 for size in sizes)
         and all(is_bare_linear(layer) for layer in layers)
         and all(layer.weight.dtype in (torch.float32, torch.bfloat16) for layer in layers)
         and all(layer.weight.device.type == "cpu" for layer in layers)
-        and (torch.is_grad_enabled() or all(map(can_keep, _weights(layers))))
-        and kernels() is not None
+        and (torch.is_grad_enabled() or all(map(LAYOUT.can_keep, weights_of(layers))))
+        and kernels("amx") is not None
     )
 
 
@@ -359,11 +291,11 @@ def gated_mlp(
     packed: PackedWeights,
 ) -> Float[Tensor, "batch length width"]:
     """The second half of a block; `layers` are gate_up and down."""
-    weights = _weights(layers)
+    weights = weights_of(layers)
     flat = hidden_states.contiguous().flatten(0, 1)
     if torch.is_grad_enabled():
         return GatedMLP.apply(flat, *tables, *weights, eps).view_as(hidden_states)
-    return mlp_inference(flat, *tables, *packed(weights), eps).view_as(hidden_states)
+    return mlp_inference(flat, *tables, *packed(weights, LAYOUT), eps).view_as(hidden_states)
 
 
 def gated_attention(
@@ -376,8 +308,8 @@ def gated_attention(
     packed: PackedWeights,
 ) -> Float[Tensor, "batch length width"]:
     """The first half of a block; `layers` are to_qkv and to_out."""
-    weights = _weights(layers)
+    weights = weights_of(layers)
     states, turns = hidden_states.contiguous(), (rotary.cos, rotary.sin, bias)
     if torch.is_grad_enabled():
         return GatedAttention.apply(states, *tables, *weights, *turns, eps)
-    return attention_inference(states, *tables, *packed(weights), *turns, eps)
+    return attention_inference(states, *tables, *packed(weights, LAYOUT), *turns, eps)
