@@ -73,7 +73,8 @@ class ResearchLoop:
         """One picture a prompt; of several generators the first draws for all rows."""
         if not isinstance(generator, torch.Generator):
             generator = generator[0]
-        codes = self.draw(prompts, generator)
+        with plain_functions():  # Other code does not have our kernels.
+            codes = self.draw(prompts, generator)
         if output_type == "codes":
             return Pictures((codes,))
         return Pictures(from_pixels(self.image_tokenizer.decode((codes,)), output_type))

@@ -17,11 +17,17 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from multimodal_dlm.models import attention, transformer
+from multimodal_dlm.models.native import bf16, float32
 from multimodal_dlm.schedulers import DiscreteScheduler
 
 LOOP = "loop"
 PARTS = {
     "linear": (torch.nn.Linear, "forward"),
+    "native projections": (float32, "float_project"),
+    "native output": (float32, "float_add_projected"),
+    "native MLP": (float32, "float_mlp"),
+    "native attention in bf16": (bf16, "attention_inference"),
+    "native MLP in bf16": (bf16, "mlp_inference"),
     "attention": (attention.F, "scaled_dot_product_attention"),
     "attention in bf16": (attention, "eager_attention"),
     "rest of the forward": (transformer.UnifiedTransformerModel, "forward"),

@@ -63,7 +63,8 @@ def test_every_script_is_listed():
         "research_loop", "step_parts", "storm_run",
     }  # fmt: skip
     scripts = {path.stem for path in FOLDER.glob("*.py")} - helpers
-    assert scripts == set(OPTIONS)
+    # `baselines` needs trained models: tests/evaluation/test_one_direction.py.
+    assert scripts == {*OPTIONS, "baselines"}
     page = (FOLDER / "README.md").read_text()
     assert all(f"`{name}.py`" in page for name in scripts)
 
@@ -180,9 +181,11 @@ def test_image_to_text(report):
             assert 0 < low <= row[f"seconds_{key}"] <= high
             assert row[f"operators_{key}"] > 100 * row["forwards"]
     for parts in found["step"].values():
-        assert set(parts) == {
-            "linear", "attention", "rest of the forward", "head", "sampling", "loop",
+        native = {"native projections", "native output", "native MLP"}
+        assert set(parts) - {"linear", *native} == {
+            "attention", "rest of the forward", "head", "sampling", "loop",
         }  # fmt: skip
+        assert "linear" in parts or native <= set(parts)
         assert abs(sum(part["share"] for part in parts.values()) - 1) < 0.01
         assert all(part["operators"] > 0 for part in parts.values())
 

@@ -85,7 +85,8 @@ def test_the_exported_adapter_loads_in_diffusers(run_root, base):
     assert torch.equal(found, states(averaged(config), config))
     assert not torch.allclose(found, plain, atol=1e-3)
     pipe.transformer.disable_adapters()
-    assert torch.equal(states(pipe.transformer, config), plain)
+    # Layers with an adapter, enabled or not, do not run on the kernels that `plain` came from.
+    assert torch.allclose(states(pipe.transformer, config), plain, rtol=1e-5, atol=1e-5)
 
 
 def averaged(config: TrainConfig):
