@@ -466,15 +466,12 @@ class UnifiedProcessor:
 
     def _replace_text(self, canvas: Canvas, window: int, texts: Sequence[str] | None) -> Canvas:
         """Exchange a text window of every row, for masks or for other texts."""
-        rows = []
+        rows, masks = [], self._masked_text(self.layout["unconditional_window"]["text"])
         if texts is not None:
             self._matching(texts, canvas.batch_size, "negative_prompt")
         for index in range(canvas.batch_size):
             row = self._read_row(canvas, index)
-            if texts is None:
-                ids = self._masked_text(self.layout["unconditional_window"]["text"])
-            else:
-                ids = self._condition(texts[index])
+            ids = masks if texts is None else self._condition(texts[index])
             row.ids[window], row.is_free[window] = ids, np.zeros(len(ids), bool)
             row.order[window] = int(np.min(row.order.get(window, 0)))
             rows.append(row)
@@ -492,6 +489,9 @@ class UnifiedProcessor:
                 row.is_free[window] = canvas.is_free[index, part][kept].cpu().numpy()
                 order = canvas.order[index, part][kept].cpu().numpy()
                 row.order[window] = int(order.min()) if self._is_causal else order
+        levels = [window for window in self.image_windows if window in row.order]
+        if self._is_causal and levels:  # Of one picture, which is closed after the last.
+            row.order.update(dict.fromkeys(levels, row.order[levels[0]]))
         return row
 
     def _assemble(self, rows: Sequence[LayoutRow]) -> Canvas:

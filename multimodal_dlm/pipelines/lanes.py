@@ -125,8 +125,9 @@ class Lane:
         return own[:, group.columns(self.canvas)]
 
     def write(self, branch: Branch, window: int, ids: Int[Tensor, "batch window"]) -> None:
-        """Exchange the ids of one window of a branch."""
-        self.canvas.input_ids[self._rows_of(branch), self.canvas.window_slice(window)] = ids
+        """Exchange the ids of one window of a branch; padding may follow them."""
+        start = self.canvas.window_slice(window).start
+        self.canvas.input_ids[self._rows_of(branch), start : start + ids.shape[1]] = ids
 
     def _rows_of(self, branch: Branch) -> slice:
         first = self._first[branch.name]

@@ -233,6 +233,17 @@ def test_levels_are_windows_at_the_same_places():
     assert all(torch.equal(got, given) for got, given in zip(back, codes, strict=True))
 
 
+@pytest.mark.parametrize("levels", [1, 2])
+def test_token_by_token_a_picture_is_closed_after_its_last_level(levels):
+    processor = toy_processor(levels=levels, attention="causal")
+    canvas = processor.text_to_image(["ab", "abc"])
+    for rows in (canvas, processor.unconditional(canvas)):
+        parts = [rows.order[:, rows.window_slice(window)] for window in range(1, levels + 1)]
+        assert torch.cat(parts, dim=1).diff(dim=1).eq(1).all()
+        end = rows.window_slice(levels).stop
+        assert torch.equal(rows.order[:, end], parts[-1].max(dim=1).values + 1)
+
+
 def test_bad_input_gets_a_sentence():
     processor = toy_processor()
     with pytest.raises(ConfigError, match="at most 16 tokens .* got 21"):

@@ -7,12 +7,13 @@ import torch
 
 from multimodal_dlm.canvas import Canvas, noise_levels
 from multimodal_dlm.models.kv_cache import ExactCacheConfig
-from multimodal_dlm.pipelines import denoise, lanes
+from multimodal_dlm.pipelines import UnifiedJointPipeline, denoise, lanes
 from multimodal_dlm.pipelines.guidance import Branch
 from multimodal_dlm.pipelines.lanes import share_out, stack
 from multimodal_dlm.schedulers import ConfidenceScheduler
 from tests.models.tiny import tiny_model
 from tests.pipelines.test_cached_runs import ANSWER, CONDITION, NOISY, PLANS, make_canvas
+from tests.pipelines.tiny import seeded, tiny_components
 
 LENGTHS = (5, 3, 4)
 
@@ -149,3 +150,19 @@ def test_rows_of_branches_that_do_not_take_part_are_not_computed(is_guided):
     run(model, canvas, guidance_stop=0.5 if is_guided else 0.0)
     hook.remove()
     assert rows == ([6] * 3 + [3] * 3 if is_guided else [3] * 6)
+
+
+@pytest.mark.parametrize("gen_length", [1, 2, 3, 6])
+def test_a_branch_may_have_more_masks_than_the_window_has_tokens(gen_length, monkeypatch):
+    """In joint runs the branch of the picture alone has a fixed number of caption masks."""
+    pipe = UnifiedJointPipeline(**tiny_components()).to(torch.float64)
+    pipe.set_progress_bar_config(disable=True)
+
+    def call():
+        options = {"gen_length": gen_length, "num_inference_steps": 6, "guidance_scale": 2.0}
+        found = pipe(2, generator=seeded(0, 1), output_type="codes", **options)
+        return [found.images[0].tolist(), list(found.texts)]
+
+    together = call()
+    monkeypatch.setattr(lanes, "STACKED_TOKENS", 0)
+    assert call() == together

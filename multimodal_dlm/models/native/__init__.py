@@ -126,7 +126,7 @@ def load(name: str) -> Kernels | None:
     """A set of `SETS`, compiled, whatever PyTorch's own kernels can do; None where that fails."""
     try:
         library = Kernels(_compiled(name))
-    except (OSError, RuntimeError, subprocess.SubprocessError) as error:
+    except (AttributeError, OSError, RuntimeError, subprocess.SubprocessError) as error:
         detail = getattr(error, "stderr", None) or error
         logger.warning("The `%s` kernels are left out, PyTorch's run instead: %s", name, detail)
         return None

@@ -83,7 +83,8 @@ class PackedWeights:
             or not torch.equal(kept.sample, kept.sampled)
         ):
             flat = weight.detach().contiguous().view(-1)
-            sample = flat[:: max(1, flat.numel() // NUM_SAMPLED)]
+            step = max(1, flat.numel() // NUM_SAMPLED)
+            sample = flat[:: step + (step % weight.shape[-1] == 0)]  # Of many columns, not of one.
             panels = layout.pack(weight)
             pointer = weight.data_ptr()
             kept = _Packed(layout, version, pointer, sample, sample.clone(), panels)
