@@ -7,18 +7,17 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from safetensors.torch import load_file
 
 from multimodal_dlm import precision
 from multimodal_dlm.errors import CheckpointError, ConfigError
 from multimodal_dlm.training import launching
-from multimodal_dlm.training.checkpoint import latest_checkpoint
 from multimodal_dlm.training.config import TrainConfig
 from multimodal_dlm.training.devices import get_device
 from multimodal_dlm.training.launching import check_precision, run_device, run_precision
 from multimodal_dlm.training.planning import plan
 from multimodal_dlm.training.run import describe, train
 from tests.training.runs import run_config
+from tests.training.test_trainer import final_tensors
 
 PLAIN = "no (auto: this CPU has no bf16 instructions)"
 AMX = {"amx_bf16": True}
@@ -47,22 +46,12 @@ def cpu(monkeypatch):
     return change
 
 
-def tensors(config: TrainConfig) -> dict[str, torch.Tensor]:
-    path = latest_checkpoint(Path(config.output_dir) / "checkpoints")
-    assert path is not None
-    return {
-        f"{stem}/{name}": tensor
-        for stem in ("model", "ema", "optimizer", "rng")
-        for name, tensor in load_file(path / f"{stem}.safetensors").items()
-    }
-
-
 def log(config: TrainConfig) -> str:
     return (Path(config.output_dir) / "train.log").read_text()
 
 
 def same(left: TrainConfig, right: TrainConfig) -> bool:
-    one, other = tensors(left), tensors(right)
+    one, other = final_tensors(left), final_tensors(right)
     assert one.keys() == other.keys()
     return all(torch.equal(tensor, other[name]) for name, tensor in one.items())
 

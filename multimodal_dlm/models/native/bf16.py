@@ -20,9 +20,9 @@ from torch.autograd.function import once_differentiable
 from torch.library import custom_op
 from torch.utils.flop_counter import register_flop_formula
 
-from multimodal_dlm.models.fused import is_bare_linear, is_replaceable
+from multimodal_dlm.models.fused import is_replaceable
 from multimodal_dlm.models.native import Kernels, kernels, num_threads
-from multimodal_dlm.models.native.weights import Layout, PackedWeights, Tables, weights_of
+from multimodal_dlm.models.native.weights import Layout, PackedWeights, Tables, are_bare, weights_of
 from multimodal_dlm.models.positions import Rotary
 
 EDGE = 32
@@ -275,9 +275,7 @@ def can_run(hidden_states: Tensor, layers: tuple[nn.Module, ...], *sizes: int) -
     return (
         is_replaceable(hidden_states, torch.bfloat16)
         and all(size % EDGE == 0 for size in sizes)
-        and all(is_bare_linear(layer) for layer in layers)
-        and all(layer.weight.dtype in (torch.float32, torch.bfloat16) for layer in layers)
-        and all(layer.weight.device.type == "cpu" for layer in layers)
+        and are_bare(layers, torch.float32, torch.bfloat16)
         and (torch.is_grad_enabled() or all(map(LAYOUT.can_keep, weights_of(layers))))
         and kernels("amx") is not None
     )

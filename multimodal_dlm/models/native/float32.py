@@ -16,9 +16,9 @@ from torch import Tensor, nn
 from torch.library import custom_op
 from torch.utils.flop_counter import register_flop_formula
 
-from multimodal_dlm.models.fused import is_bare_linear, is_replaceable
+from multimodal_dlm.models.fused import is_replaceable
 from multimodal_dlm.models.native import Kernels, kernels, num_threads
-from multimodal_dlm.models.native.weights import Layout, PackedWeights, Tables, weights_of
+from multimodal_dlm.models.native.weights import Layout, PackedWeights, Tables, are_bare, weights_of
 from multimodal_dlm.models.positions import Rotary
 
 PANEL = 16
@@ -116,9 +116,7 @@ def can_run(hidden_states: Tensor, layers: tuple[nn.Module, ...], *sizes: int) -
         and not torch.is_grad_enabled()
         and not torch.is_autocast_enabled("cpu")
         and all(size % PANEL == 0 for size in sizes)
-        and all(is_bare_linear(layer) for layer in layers)
-        and all(weight.dtype == torch.float32 for weight in weights_of(layers))
-        and all(weight.device.type == "cpu" for weight in weights_of(layers))
+        and are_bare(layers, torch.float32)
         and all(map(LAYOUT.can_keep, weights_of(layers)))
         and kernels("avx2") is not None
     )

@@ -5,7 +5,9 @@ from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Float, Int
-from torch import Tensor
+from torch import Tensor, nn
+
+from multimodal_dlm.models.fused import is_bare_linear
 
 MAX_KEPT = 2**25  # Bytes of a weight in a second layout.
 NUM_SAMPLED = 64  # Values by which a change of a weight is noticed.
@@ -30,6 +32,13 @@ class Tables(NamedTuple):
 def weights_of(layers: Iterable[Any]) -> list[Tensor]:
     """The weight of each linear layer."""
     return [layer.weight for layer in layers]
+
+
+def are_bare(layers: Iterable[nn.Module], *dtypes: torch.dtype) -> bool:
+    """True for linear layers that are only their weights, on the CPU and in one of some dtypes."""
+    return all(is_bare_linear(layer) for layer in layers) and all(
+        weight.device.type == "cpu" and weight.dtype in dtypes for weight in weights_of(layers)
+    )
 
 
 class Layout(NamedTuple):
