@@ -1,4 +1,4 @@
-"""The float32 parts of a block on AVX2: against float64, alone and beside others, and when."""
+"""The float32 parts of a block on AVX2 and AVX-512: against float64, alone and beside others, and when."""
 
 import copy
 
@@ -19,15 +19,18 @@ LEVELS, WIDTH, INNER, HEADS, TURNED, DIM, EPS = 4, 64, 96, 5, 4, 32, 1e-5
 WIDE = {"hidden_size": WIDTH, "intermediate_size": INNER, "axes_dims_rope": (16, 8, 8)}
 ORDER = torch.tensor([[0] * 20 + [1] * 17] * 3)
 PARTS = {"float_mlp", "float_project", "float_add_projected"}
-SIZES = (1, 5, 6, 7, 192, 193, 400)
-LIBRARY = native.load("avx2") if torch.cpu._is_avx2_supported() else None
+SIZES = (1, 5, 6, 7, 14, 15, 192, 193, 400)
+SETS = [name for name in ("avx2", "avx512") if native.SETS[name].is_supported()]
+LIBRARIES = {name: native.load(name) for name in SETS}
 
-pytestmark = pytest.mark.skipif(LIBRARY is None, reason="needs AVX2 and a C++ compiler")
+pytestmark = pytest.mark.skipif(
+    None in LIBRARIES.values() or not SETS, reason="needs AVX2 and a C++ compiler"
+)
 
 
-@pytest.fixture(autouse=True)
-def _on_wider_cpus_too(monkeypatch):
-    monkeypatch.setattr(float32, "kernels", lambda name: LIBRARY)
+@pytest.fixture(autouse=True, params=SETS)
+def _every_set(request, monkeypatch):
+    monkeypatch.setattr(float32, "kernels", lambda name: LIBRARIES[request.param])
 
 
 def make_inputs(tokens):
@@ -88,6 +91,17 @@ def test_a_token_has_the_same_bits_alone_and_beside_others(threads, monkeypatch)
     for of in (slice(0, 1), slice(3, 9), slice(150, 393)):
         for whole, part in zip(together, results(400, threads, monkeypatch, of), strict=True):
             assert torch.equal(whole[of], part)
+
+
+def test_every_set_has_the_same_bits(monkeypatch):
+    if len(SETS) < 2:
+        pytest.skip("this CPU has AVX2 alone")
+    found = []
+    for library in LIBRARIES.values():
+        monkeypatch.setattr(float32, "kernels", lambda name, library=library: library)
+        found.append(results(193, 2, monkeypatch))
+    for one, other in zip(*found, strict=True):
+        assert torch.equal(one, other)
 
 
 @pytest.mark.parametrize("value", [-200.0, -90.0, -1.0, 0.0, 1e-30, 88.5, 1e4])

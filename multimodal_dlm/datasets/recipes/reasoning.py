@@ -1,7 +1,7 @@
 """Recipe `reasoning`: worked sums and matrix exercises from the generators of reasoning-gym.
 
 Items are rendered in words and numbers that are one token each in `tokenizers/reasoning`, so a text
-has as many tokens as words. A quarter of the records also ask their question behind worked
+has as many tokens as words. A tenth of the records also ask their question behind worked
 examples of the same task, packed to at most 1,024 tokens with the answer.
 """
 
@@ -27,7 +27,7 @@ REASONING_GYM = SourcePackage(
 MAX_TOKENS = 1024
 NUM_MARKERS = 3  # `<bos>`, and an `<eos>` behind prompt and answer.
 NUM_EXAMPLES = 256  # Items of each task that prompts take their worked examples from.
-FEW_SHOT_SHARE = 0.25
+FEW_SHOT_SHARE = 0.1
 SEPARATOR = "|"
 _EDGES = {"val": 0.04, "test": 0.12}  # Upper ends of the hash ranges; the rest is `train`.
 _SIZE = 10**9  # Generators are asked for items by number; none is ever out of range.
@@ -139,8 +139,6 @@ class ManipulateMatrix(Task):
         said = {
             "map": f"map {operation.get('from')} to {operation.get('to')} :",
             "zero_divisible": f"zero multiples of {operation.get('k')} :",
-            "hmirror": "mirror top to bottom :",
-            "vmirror": "mirror left to right :",
         }.get(operation["transform"])
         if said is None:
             return None
@@ -161,6 +159,7 @@ class ReasoningRecipe(Recipe):
     """Questions with worked answers, alone and behind worked examples."""
 
     name = "reasoning"
+    version = 2
     packages = (REASONING_GYM,)
     splits = ("train", "val", "test")
     caption_templates = ("{question} {answer}",)
@@ -168,8 +167,8 @@ class ReasoningRecipe(Recipe):
     tasks = {"text": 1}
 
     def count(self, split: str) -> int:
-        """32,000 training questions, 500 and 1,000 of the others; tasks take turns."""
-        return {"train": 32_000, "val": 500, "test": 1_000}[split]
+        """64,000 training questions, 500 and 1,000 of the others; tasks take turns."""
+        return {"train": 64_000, "val": 500, "test": 1_000}[split]
 
     @cached_property
     def _examples(self) -> dict[str, list[Item]]:

@@ -1,11 +1,11 @@
 """C++ kernels for the CPU, compiled on first use.
 
-`amx` trains and infers in bf16 on CPUs with AMX tiles, `avx2` infers in float32 on those that have
-no wider vectors. Nothing is compiled or loaded at import. The first forward that could use a set
+`amx` trains and infers in bf16 on CPUs with AMX tiles; `avx2` and `avx512`, one source, infer in
+float32. Nothing is compiled or loaded at import. The first forward that could use a set
 asks `kernels(name)`, which compiles the sources of its folder with the C++ compiler of the machine
 (a few seconds; no header of PyTorch is needed) and keeps the library in the user's cache folder.
 Where that is impossible it logs why, once, and returns None: the PyTorch path runs.
-`MULTIMODAL_DLM_NATIVE=0` turns both off.
+`MULTIMODAL_DLM_NATIVE=0` turns all off.
 """
 
 import ctypes
@@ -34,8 +34,16 @@ _FLAGS = ("-O3", "-std=c++17", "-shared", "-fPIC", "-fopenmp", "-mfma")
 
 
 class _Set(NamedTuple):
-    """Kernels for one kind of CPU, in the folder of its name."""
+    """Kernels for one kind of CPU.
 
+    Args:
+        folder: Where their sources are.
+        flags: What their sources are compiled with.
+        needs: What the CPU must have, in words.
+        is_supported: Whether this one has it.
+    """
+
+    folder: str
     flags: tuple[str, ...]
     needs: str
     is_supported: Callable[[], bool]
@@ -45,19 +53,18 @@ def _has_amx() -> bool:
     return torch.cpu._is_amx_tile_supported() and torch.cpu._is_avx512_bf16_supported()
 
 
-def _is_avx2_best() -> bool:
-    # With AVX-512 PyTorch's own products are as fast as these or faster.
-    return torch.cpu._is_avx2_supported() and not torch.cpu._is_avx512_supported()
-
-
 SETS = {
     "amx": _Set(
+        "amx",
         ("-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mavx512bf16", "-mamx-tile",
          "-mamx-bf16"),
         "AMX tiles",
         _has_amx,
     ),
-    "avx2": _Set(("-mavx2",), "AVX2 and no AVX-512", _is_avx2_best),
+    "avx512": _Set(
+        "simd", ("-mavx2", "-mavx512f"), "AVX-512", torch.cpu._is_avx512_supported
+    ),
+    "avx2": _Set("simd", ("-mavx2",), "AVX2", torch.cpu._is_avx2_supported),
 }  # fmt: skip
 
 
@@ -142,7 +149,7 @@ def _compiled(name: str) -> Path:
         raise FileNotFoundError(
             "there is no C++ compiler. Install g++, or name another in the variable CXX"
         )
-    folder = _FOLDER / name
+    folder = _FOLDER / SETS[name].folder
     sources = sorted(folder.glob("*.cpp"))
     flags = [*_FLAGS, *SETS[name].flags, *_openmp_library()]
     digest = hashlib.sha256(" ".join([compiler, *flags]).encode())

@@ -1,4 +1,4 @@
-"""Parts of a transformer block in float32 on AVX2, without gradients.
+"""Parts of a transformer block in float32 on AVX2 or AVX-512, without gradients.
 
 The norm is applied as a product's left matrix is written, SwiGLU, rotary, gate and residual as its
 result is: what lies between two products is neither stored nor read again. Keys and values come out
@@ -24,8 +24,12 @@ from multimodal_dlm.models.positions import Rotary
 PANEL = 16
 
 
+def _kernels() -> Kernels | None:
+    return kernels("avx512" if torch.cpu._is_avx512_supported() else "avx2")
+
+
 def _library() -> Kernels:
-    library = kernels("avx2")
+    library = _kernels()
     assert library is not None
     return library
 
@@ -118,7 +122,7 @@ def can_run(hidden_states: Tensor, layers: tuple[nn.Module, ...], *sizes: int) -
         and all(size % PANEL == 0 for size in sizes)
         and are_bare(layers, torch.float32)
         and all(map(LAYOUT.can_keep, weights_of(layers)))
-        and kernels("avx2") is not None
+        and _kernels() is not None
     )
 
 

@@ -1,8 +1,10 @@
-// Float32 halves of a block without gradients, on AVX2: each activation is read and written once.
+// Float32 halves of a block without gradients, on AVX2 or AVX-512: each activation is read and written
+// once.
 //
 // Weights are panels: [rows / 16][columns][16 rows], read once for every 192 tokens. A token's
-// result is a sum in one fixed order, whatever tokens are beside it and however many threads share
-// the columns: the same token gives the same bits alone and in a batch.
+// result is a sum in one fixed order, whatever tokens are beside it, however many threads share
+// the columns and however wide the registers are: the same token gives the same bits alone and in a
+// batch, and with either set of instructions.
 #include <immintrin.h>
 #include <omp.h>
 
@@ -13,55 +15,73 @@ namespace {
 
 constexpr int64_t LANES = 8;          // values of a register
 constexpr int64_t PANEL = 2 * LANES;  // columns of a product that are summed at once
-constexpr int64_t ROWS = 6;           // tokens that are summed at once: 12 registers of sums
 constexpr int64_t DEPTH = 256;        // rows of a panel that stay in the first cache
 constexpr int64_t TOKENS = 192;       // tokens for which a panel is read once
 constexpr int64_t SPACE = 16;         // values between rows, which a power of two would let collide
 
-// c (R, 16) = or += R rows of a (`stride` apart) x `depth` rows of a panel.
-template <int R>
-inline void multiply(
-    const float* a, int64_t stride, const float* panel, int64_t depth, float* c, bool adds) {
-  __m256 sums[R][2];
-#pragma GCC unroll 6
-  for (int r = 0; r < R; ++r)
-#pragma GCC unroll 2
-    for (int half = 0; half < 2; ++half)
-      sums[r][half] = adds ? _mm256_loadu_ps(c + r * PANEL + half * LANES) : _mm256_setzero_ps();
-  for (int64_t k = 0; k < depth; ++k) {
-    const __m256 low = _mm256_loadu_ps(panel + k * PANEL);
-    const __m256 high = _mm256_loadu_ps(panel + k * PANEL + LANES);
-#pragma GCC unroll 6
-    for (int r = 0; r < R; ++r) {
-      const __m256 value = _mm256_broadcast_ss(a + r * stride + k);
-      sums[r][0] = _mm256_fmadd_ps(value, low, sums[r][0]);
-      sums[r][1] = _mm256_fmadd_ps(value, high, sums[r][1]);
-    }
+// The sums of a token with a panel.
+#ifdef __AVX512F__
+constexpr int64_t ROWS = 14;  // tokens that are summed at once, a register each
+struct Sums {
+  __m512 values;
+  void load(const float* c) { values = _mm512_loadu_ps(c); }
+  void clear() { values = _mm512_setzero_ps(); }
+  void add(const float* a, const Sums& panel) {
+    values = _mm512_fmadd_ps(_mm512_set1_ps(*a), panel.values, values);
   }
-#pragma GCC unroll 6
-  for (int r = 0; r < R; ++r)
-#pragma GCC unroll 2
-    for (int half = 0; half < 2; ++half)
-      _mm256_storeu_ps(c + r * PANEL + half * LANES, sums[r][half]);
+  void store(float* c) const { _mm512_storeu_ps(c, values); }
+};
+#else
+constexpr int64_t ROWS = 6;  // tokens that are summed at once, two registers each
+struct Sums {
+  __m256 low, high;
+  void load(const float* c) { low = _mm256_loadu_ps(c), high = _mm256_loadu_ps(c + LANES); }
+  void clear() { low = high = _mm256_setzero_ps(); }
+  void add(const float* a, const Sums& panel) {
+    const __m256 value = _mm256_broadcast_ss(a);
+    low = _mm256_fmadd_ps(value, panel.low, low);
+    high = _mm256_fmadd_ps(value, panel.high, high);
+  }
+  void store(float* c) const { _mm256_storeu_ps(c, low), _mm256_storeu_ps(c + LANES, high); }
+};
+#endif
+
+// c (R, 16) = or += R rows of a (`stride` apart) x `depth` rows of a panel.
+template <int64_t R>
+void multiply(
+    const float* a, int64_t stride, const float* panel, int64_t depth, float* c, bool adds) {
+  Sums sums[R], row;
+#pragma GCC unroll 14
+  for (int64_t r = 0; r < R; ++r) adds ? sums[r].load(c + r * PANEL) : sums[r].clear();
+  for (int64_t k = 0; k < depth; ++k) {
+    row.load(panel + k * PANEL);
+#pragma GCC unroll 14
+    for (int64_t r = 0; r < R; ++r) sums[r].add(a + r * stride + k, row);
+  }
+#pragma GCC unroll 14
+  for (int64_t r = 0; r < R; ++r) sums[r].store(c + r * PANEL);
 }
 
-// c (count, 16) = a (count, depth) x one panel.
+// multiply<R> for an R known at run time.
+template <int64_t R = ROWS, class... Arguments>
+inline void multiply_rows(int64_t rows, Arguments... arguments) {
+  if constexpr (R > 1)
+    if (rows < R) return multiply_rows<R - 1>(rows, arguments...);
+  multiply<R>(arguments...);
+}
+
+// c (count, 16) = a (count, depth) x one panel, by groups of tokens as equal as can be: a small group
+// takes as long as a large one.
 inline void product(
     const float* a, int64_t stride, int64_t count, const float* panel, int64_t depth, float* c) {
+  const int64_t groups = (count + ROWS - 1) / ROWS;
   for (int64_t start = 0; start < depth; start += DEPTH) {
     const int64_t deep = std::min(DEPTH, depth - start);
-    const float* part = panel + start * PANEL;
-    for (int64_t row = 0; row < count; row += ROWS) {
-      const float* from = a + row * stride + start;
-      float* to = c + row * PANEL;
-      switch (std::min(ROWS, count - row)) {
-        case 6: multiply<6>(from, stride, part, deep, to, start > 0); break;
-        case 5: multiply<5>(from, stride, part, deep, to, start > 0); break;
-        case 4: multiply<4>(from, stride, part, deep, to, start > 0); break;
-        case 3: multiply<3>(from, stride, part, deep, to, start > 0); break;
-        case 2: multiply<2>(from, stride, part, deep, to, start > 0); break;
-        default: multiply<1>(from, stride, part, deep, to, start > 0);
-      }
+    for (int64_t group = 0; group < groups; ++group) {
+      const int64_t row = count * group / groups, rows = count * (group + 1) / groups - row;
+      multiply_rows(
+          rows, a + row * stride + start, stride, panel + start * PANEL, deep, c + row * PANEL,
+          start > 0);
     }
   }
 }
