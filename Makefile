@@ -56,7 +56,7 @@ check: $(STAMP) ## style, types, layers, documentation
 	@echo "== pyright (about half a minute)"
 	@$(BIN)/pyright
 	@echo "== mkdocs"
-	@$(MKDOCS) build --quiet
+	@$(MKDOCS) build
 
 pytest: $(STAMP) ## the tests
 	@echo "== pytest (a few minutes on two cores)"

@@ -1,6 +1,7 @@
 """Captions and answers with and without the exact cache: seconds, ratios, identity of the ids.
 
-Rows: one caption at 16 steps with 64 and 256 image tokens, and eight questions about one picture.
+Rows: one caption at 16 steps with 64 and 256 image tokens, captions of eight pictures in one call,
+and eight questions about one picture.
 The picture and the question are the prefix, computed once a call with the cache and at every step
 without it. Settings are interleaved in one process; each figure is the median, with the quartiles
 beside it. `step` says where one step of the first row goes after the first. Without `--pipeline`
@@ -66,7 +67,7 @@ def random_pipeline(side: int) -> UnifiedImageToTextPipeline:
 
 
 def caption(pipeline: Any, codes: Any, **options: Any) -> Any:
-    """One caption; returns its ids."""
+    """A caption of each picture; returns their ids."""
     return pipeline(
         codes=codes, gen_length=CAPTION_LENGTH, num_inference_steps=NUM_STEPS, **options
     ).sequences
@@ -90,25 +91,27 @@ def cache(pipeline: Any, is_on: bool) -> Iterator[None]:
 def measure(repeats: int, pipelines: dict[int, Any]) -> list[dict[str, Any]]:
     """Seconds, forwards and operators of every row, cached and not; the first round is warm-up."""
     rows = {
-        "caption_64_tokens": (8, caption),
-        "caption_256_tokens": (16, caption),
-        "eight_questions_64_tokens": (8, answers),
+        "caption_64_tokens": (8, 1, caption),
+        "caption_256_tokens": (16, 1, caption),
+        "eight_captions_64_tokens": (8, 8, caption),
+        "eight_captions_256_tokens": (16, 8, caption),
+        "eight_questions_64_tokens": (8, 1, answers),
     }
     draw = torch.Generator().manual_seed(0)
-    codes = {side: (torch.randint(0, 2560, (1, side, side), generator=draw),) for side in pipelines}
+    codes = {side: torch.randint(0, 2560, (8, side, side), generator=draw) for side in pipelines}
     seconds: dict[tuple[str, bool], list[float]] = {}
     ids: dict[tuple[str, bool], Any] = {}
     for round_number in range(repeats + 1):
-        for name, (side, run) in rows.items():
+        for name, (side, count, run) in rows.items():
             for has_cache in (False, True):
                 with cache(pipelines[side], has_cache):
                     start = time.perf_counter()
-                    ids[name, has_cache] = run(pipelines[side], codes[side])
+                    ids[name, has_cache] = run(pipelines[side], (codes[side][:count],))
                     taken = time.perf_counter() - start
                 if round_number:
                     seconds.setdefault((name, has_cache), []).append(taken)
     report = []
-    for name, (side, run) in rows.items():
+    for name, (side, count, run) in rows.items():
         whole, kept = seconds[name, False], seconds[name, True]
         row: dict[str, Any] = {
             "row": name,
@@ -120,9 +123,9 @@ def measure(repeats: int, pipelines: dict[int, Any]) -> list[dict[str, Any]]:
             "identical_ids": bool(torch.equal(ids[name, False], ids[name, True])),
         }
         for has_cache, key in ((False, "full_recompute"), (True, "exact_cache")):
-            with cache(pipelines[side], has_cache), OperatorCount() as count:
-                run(pipelines[side], codes[side])
-            row[f"operators_{key}"] = count.total
+            with cache(pipelines[side], has_cache), OperatorCount() as counter:
+                run(pipelines[side], (codes[side][:count],))
+            row[f"operators_{key}"] = counter.total
         report.append({**row, "forwards": pipelines[side].num_forwards})
     return report
 
@@ -169,6 +172,8 @@ def main() -> None:
         "ratios": {
             "caption_prefix": by_name["caption_64_tokens"],
             "caption_prefix_256_tokens": by_name["caption_256_tokens"],
+            "caption_prefix_8_pictures": by_name["eight_captions_64_tokens"],
+            "caption_prefix_256_tokens_8_pictures": by_name["eight_captions_256_tokens"],
             "vqa_shared_image": by_name["eight_questions_64_tokens"],
         },
         "denominator": "the same call in the same process without a cache",

@@ -43,7 +43,7 @@ def section(path: str, heading: str) -> str:
             found, rank = [], len(title["marks"])
     if found is None:
         raise PluginError(f"A page quotes the heading `{heading}`, which {path} does not have.")
-    return re.sub(r"\]\(docs/", "](", "\n".join(found).strip())
+    return re.sub(r"\]\((?:\.\./)*docs/", "](", "\n".join(found).strip())
 
 
 def on_page_markdown(markdown: str, **_: Any) -> str:

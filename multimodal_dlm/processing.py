@@ -179,6 +179,10 @@ class UnifiedProcessor:
             row = self._text_row(picture, None, ids, self._block())
             row.is_free[self.answer_window] = ids == mask
             rows.append(row)
+        # What pads a short text opens when what stands there in a longer one does.
+        orders = [row.order[self.answer_window] for row in rows]
+        for row in rows:
+            row.order[self.answer_window] = max(orders, key=len)
         return self._assemble(rows)
 
     def score(

@@ -46,7 +46,7 @@ def run_evaluate(
 
     Args:
         pipeline: folder of a saved pipeline, or `owner/name` on the Hub
-        suite: default, quick, a YAML file, or data (whatever the datasets of the manifest allow)
+        suite: default, quick, baselines, a YAML file, or data (all that the manifest allows)
         manifest: YAML file of a dataset or a mixture; the committed sample is too small to judge by
         data_root: folder that holds the datasets' folders; null for the manifest's own folder
         output: folder of the report; measurements found there are not taken again

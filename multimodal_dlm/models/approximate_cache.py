@@ -218,7 +218,9 @@ class DelayedCache(ApproximateCache):
     """Keeps a token from one forward after it was written; see `DelayedCacheConfig`."""
 
     def _columns(self, is_masked: Tensor, is_changed: Tensor) -> Tensor:
-        return (is_masked | is_changed).any(dim=0)
+        is_open = (is_masked | is_changed).any(dim=0)
+        is_open[self._sources[is_masked]] = True
+        return is_open
 
 
 class FeatureCache(ApproximateCache):
@@ -235,6 +237,7 @@ class FeatureCache(ApproximateCache):
         chosen = rank.masked_fill(~is_response, -1).topk(count).indices
         is_open = is_changed.any(dim=0)
         is_open[chosen] = True
+        is_open[self._sources[is_masked & is_open]] = True
         return is_open | (~is_response & is_prompt_due)
 
 

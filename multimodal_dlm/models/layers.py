@@ -58,7 +58,8 @@ class RMSNorm(nn.Module):
         """This norm and the gating of its half as the native kernels take them."""
         weight = self.weight.float()
         if gating is None:
-            rows = torch.zeros(hidden_states.shape[:-1].numel(), dtype=torch.int32)
+            count = hidden_states.shape[:-1].numel()
+            rows = torch.zeros(count, dtype=torch.int32, device=hidden_states.device)
             return Tables(
                 weight[None], torch.zeros_like(weight[None]), torch.ones_like(weight[None]), rows
             )

@@ -80,6 +80,11 @@ class UnifiedTransformerBlock(nn.Module):
         self.scale_shift_table = nn.Parameter(torch.zeros(6, hidden_size)) if modulated else None
         self._packed = PackedWeights(), PackedWeights()
 
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        """Moved or cast; the kernels' copies of the old weights are let go."""
+        self._packed = PackedWeights(), PackedWeights()
+        return super()._apply(fn, recurse)
+
     def forward(
         self,
         hidden_states: Tensor,
@@ -422,7 +427,7 @@ class UnifiedTransformerModel(
 
     def disable_cache(self) -> None:
         """No cache."""
-        if self._own_cache is None and self._cache_config is not None:
+        if self.has_foreign_cache:
             super().disable_cache()
             self._cache_config = None
         self._own_cache = None
@@ -431,6 +436,11 @@ class UnifiedTransformerModel(
     def is_cache_enabled(self) -> bool:
         """True after `enable_cache`."""
         return self._own_cache is not None or self._cache_config is not None
+
+    @property
+    def has_foreign_cache(self) -> bool:
+        """True while a cache of Diffusers is installed, which keeps states of whole batches."""
+        return self._own_cache is None and self._cache_config is not None
 
     def new_cache(
         self, plan: AttentionPlan, is_free: Bool[Tensor, "batch length"]

@@ -127,12 +127,12 @@ def denoise(
                 if callback is not None:
                     changed = callback(loop.num_steps - 1, timestep, loop.canvas)
                     if changed is None:
-                        return loop.stop(stages)
+                        return loop.stop()
                     loop.accept(changed)
                 if length_rule is not None:
                     loop.reshape(length_rule(loop.canvas))
     # A callback may have taken back what no later step writes.
-    return loop.stop(stages) if loop.has_masks() else loop.output(is_complete=True)
+    return loop.stop() if loop.has_masks() else loop.output(is_complete=True)
 
 
 class _Loop:
@@ -159,12 +159,19 @@ class _Loop:
 
     def open(self, stage: Sequence[Group], generators: Sequence[list[torch.Generator]]) -> None:
         """Begin the runs of the groups of one stage."""
+        groups = self._groups()  # The canvas may have changed shape since the stages were found.
+        present = [groups.get((group.window, group.order), group) for group in stage]
         self.runs = [
             GroupRun(group, self._begin(group), rows)
-            for group, rows in zip(stage, generators, strict=True)
+            for group, rows in zip(present, generators, strict=True)
         ]
         for run in self.runs:
             self._fill_ended(run)
+
+    def _groups(self) -> dict[tuple[int, int], Group]:
+        """Groups of the canvas by window and order."""
+        stages = noise_groups(self.canvas, self.vocabulary.modalities)
+        return {(group.window, group.order): group for stage in stages for group in stage}
 
     def _begin(self, group: Group) -> Any:
         start, stop = self.time_windows.get(group.modality, (None, None))
@@ -315,20 +322,19 @@ class _Loop:
             return
         self.canvas = canvas
         self.forwards = Forwards(self.transformer, self.builder(canvas), self.forwards.num_forwards)
-        stages = noise_groups(canvas, self.vocabulary.modalities)
-        found = {(group.window, group.order): group for stage in stages for group in stage}
+        found = self._groups()
         for run in self.runs:
             group = found.get((run.group.window, run.group.order))
             if group is not None:
                 run.group, run.state, run.prediction = group, self._begin(group), None
 
-    def stop(self, stages: Sequence[Sequence[Group]]) -> DenoisingOutput:
+    def stop(self) -> DenoisingOutput:
         """End early: free masks take the last prediction, or the likeliest token without one."""
         predictions = {run.group: run.prediction for run in self.runs}
         ids = self.canvas.input_ids.clone()
         first = self.forwards.branches[0]
         is_computed = False  # Only where there is no prediction.
-        for group in (group for stage in stages for group in stage):
+        for group in self._groups().values():
             part = group.columns(self.canvas)
             sample, is_free = self._sample(group)
             is_masked = is_free & (sample == self.vocabulary.num_columns(group.modality))

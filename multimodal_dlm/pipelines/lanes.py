@@ -82,9 +82,11 @@ class Lane:
 
         Args:
             branches: Branches of this lane that take part, in its order.
-            rows: Rows of each that are computed, ascending.
+            rows: Rows of each that are computed, ascending; all with a cache of Diffusers.
             groups: Groups whose states are asked for; None computes all columns without the cache.
         """
+        if self.transformer.has_foreign_cache:  # It compares a batch with the one before.
+            rows = torch.arange(self._num_rows, device=rows.device)
         self._focus(torch.cat([rows + self._first[branch.name] for branch in branches]))
         ids = self.canvas.input_ids[self._rows]
         cache = None if groups is None else self._cache

@@ -9,6 +9,7 @@ from contextlib import AbstractContextManager
 from dataclasses import replace
 from typing import Any, TypeVar
 
+import torch
 from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 from torch import Tensor
@@ -192,10 +193,11 @@ class UnifiedPipeline(ScoringMixin, SharingMixin, DiffusionPipeline):
         def on_step_end(step: int, timestep: float, canvas: Canvas) -> Canvas | None:
             self._current_timestep = timestep
             if callback is not None:
-                tensors = {name: getattr(canvas, name) for name in tensor_inputs}
+                # Copies, because callbacks write in place too.
+                tensors = {name: getattr(canvas, name).clone() for name in tensor_inputs}
                 returned = callback(self, step, timestep, tensors) or {}
                 changed = {name: returned[name] for name in tensor_inputs if name in returned}
-                if any(changed[name] is not tensors[name] for name in changed):
+                if any(not torch.equal(changed[name], getattr(canvas, name)) for name in changed):
                     canvas = canvas.replace(**changed)
             if stream is not None:
                 stream.update(canvas)

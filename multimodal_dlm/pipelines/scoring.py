@@ -211,10 +211,16 @@ class ScoringMixin:
 
         Raises:
             ConfigError: When the task is unknown, an input is missing or too many, `num_draws` is
-                odd or below 2, or the model writes texts in blocks of several tokens.
+                odd or below 2, the model writes texts in blocks of several tokens, or a cache of
+                Diffusers is enabled.
         """
         if task not in TASKS:
             raise unknown_name("task", task, TASKS)
+        if self.transformer.has_foreign_cache:
+            raise ConfigError(
+                "`score` needs a forward that computes everything; a cache of Diffusers is enabled."
+                " Call `pipe.transformer.disable_cache()` first."
+            )
         is_causal = self.processor.layout["condition_attention"] == "causal"
         if self.processor.blocks and not is_causal:
             raise ConfigError(

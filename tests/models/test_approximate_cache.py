@@ -245,3 +245,24 @@ def test_messages():
             attention_plan=plan,
             kv_cache=model.new_cache(plan, canvas.is_free),
         )
+
+
+def test_the_token_a_mask_is_predicted_from_is_computed_with_it():
+    """With shifted logits a computed mask is read from the state before it."""
+    model = tiny_model(logits_shift=1)
+    canvas = full_canvas(model, (5,))
+    sources = previous_columns(canvas.is_padding)
+    model.enable_cache(DelayedCacheConfig(**KEEP))
+    watched = Watched(model)
+    opened = []
+    make = model.new_cache
+    watched.new_cache = lambda *parts: opened.append(make(*parts)) or opened[-1]
+    seen = []
+    model.blocks[0].register_forward_pre_hook(lambda *_: seen.append(opened[-1]._open.clone()))
+    run(watched, canvas)
+    for (ids, _), columns in zip(watched.seen[1:], seen[1:], strict=True):
+        is_open = torch.zeros(canvas.length, dtype=torch.bool)
+        is_open[columns] = True
+        is_masked = model.vocabulary.is_masked(ids)[0] & canvas.is_free[0]
+        assert is_open[is_masked].all()
+        assert is_open[sources[0, is_masked]].all()

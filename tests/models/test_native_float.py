@@ -1,4 +1,4 @@
-"""The float32 parts of a block on AVX2 and AVX-512: against float64, alone and beside others, and when."""
+"""Float32 parts of a block on AVX2 and AVX-512: against float64, alone, in batches, and when."""
 
 import copy
 
@@ -213,3 +213,11 @@ def test_a_changed_weight_is_laid_out_anew():
         assert not torch.equal(after, before)
         assert torch.equal(after, states_of(copy.deepcopy(model), canvas))
         before = after
+
+
+def test_copies_of_weights_do_not_outlive_a_cast():
+    canvas, model = make_canvas(ORDER), tiny_model(**WIDE)
+    states_of(model, canvas)
+    assert all(half._kept for block in model.blocks for half in block._packed)
+    model.to(torch.bfloat16)
+    assert not any(half._kept for block in model.blocks for half in block._packed)

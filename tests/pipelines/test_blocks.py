@@ -113,3 +113,14 @@ def test_wrong_blocks_and_scores_are_refused():
         pipe(PROMPTS[0], block_length=16)
     with pytest.raises(ConfigError, match="`score` needs a model that writes a text in one piece"):
         pipe.score("text", text="a red apple")
+
+
+def test_templates_of_different_numbers_of_blocks_are_those_written_alone():
+    pipe = pipeline(blocks=(8, 4))
+    templates = ["a [MASK]", "is [MASK] a red apple a white square on a green [MASK] apple?"]
+    canvas = pipe.processor.infill(templates)
+    assert len(canvas.order[:, canvas.window_slice(pipe.processor.answer_window)].unique()) > 1
+    together = pipe(template=templates, output_type="seq").sequences
+    for template, row in zip(templates, together, strict=True):
+        (alone,) = pipe(template=template, output_type="seq").sequences
+        assert torch.equal(row[: len(alone)], alone)

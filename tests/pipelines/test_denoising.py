@@ -464,6 +464,31 @@ def test_length_rule_may_change_the_canvas(pipe):
     assert masks(pipe, output.canvas, output.canvas.window_slice(pipe.processor.answer_window)) == 0
 
 
+@pytest.mark.parametrize("stops", [False, True])
+def test_stages_after_a_length_rule_are_those_of_the_new_canvas(pipe, stops):
+    """A caption after its picture becomes longer while the picture is written."""
+    canvas = pipe.processor.joint(1, gen_length=6)
+    part = canvas.window_slice(pipe.processor.answer_window)
+    order = canvas.order.clone()
+    order[:, part] = order.max() + 1
+    canvas = canvas.replace(order=order)
+
+    def rule(now):
+        if now.length > canvas.length:
+            return now
+        return now.select_columns(
+            torch.tensor([*range(part.stop), *range(part.stop - 1, now.length)])
+        )
+
+    def callback(step, timestep, now):
+        return None if stops and step == 10 else now
+
+    output = run(pipe, canvas, steps=8, length_rule=rule, callback=callback)
+    assert output.canvas.length == canvas.length + 1
+    assert output.is_complete is not stops
+    assert masks(pipe, output.canvas, slice(None)) == 0
+
+
 # Seeds.
 
 

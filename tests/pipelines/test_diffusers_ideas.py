@@ -8,10 +8,16 @@ import warnings
 
 import pytest
 import torch
+from diffusers import FirstBlockCacheConfig
 from diffusers.hooks import HookRegistry
 from torch import nn
 
-from multimodal_dlm.pipelines import UnifiedTextToImagePipeline, load_pipeline
+from multimodal_dlm.errors import CanvasError, ConfigError
+from multimodal_dlm.pipelines import (
+    UnifiedInpaintPipeline,
+    UnifiedTextToImagePipeline,
+    load_pipeline,
+)
 from multimodal_dlm.schedulers import AbsorbingAncestralScheduler
 from tests.pipelines.registry import CASES, plain, same
 from tests.pipelines.tiny import seeded, tiny_components
@@ -239,3 +245,57 @@ def test_two_calls_of_one_pipeline_do_not_depend_on_each_other(make, case):
     pipe(**{**case.arguments(1), **case.plain}, generator=seeded(5))
     again = pipe(**{**case.arguments(0), **case.plain}, generator=seeded(0))
     assert same(first, again)
+
+
+# Caches of Diffusers.
+
+
+def holes(pipe):
+    """Two pictures with one hole and with many: the first row is finished long before the other."""
+    pixels = torch.rand(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    masks = torch.zeros(2, 1, 32, 32)
+    masks[0, :, :8, :8] = 1
+    masks[1] = 1
+    return {"prompt": ["a red apple"] * 2, "image": pixels, "mask_image": masks}
+
+
+def test_a_cache_of_diffusers_serves_rows_that_finish_at_different_times():
+    """A threshold of 0 reuses nothing, so that the ids are those without a cache."""
+    pipe = UnifiedInpaintPipeline(**tiny_components(num_layers=3))
+    pipe.set_progress_bar_config(disable=True)
+    options = {**holes(pipe), "num_inference_steps": 6, "output_type": "codes"}
+    expected = pipe(**options, generator=seeded(0, 1)).images[0]
+    pipe.transformer.enable_cache(FirstBlockCacheConfig(threshold=0.0))
+    found = pipe(**options, generator=seeded(0, 1)).images[0]
+    assert torch.equal(found, expected)
+
+
+def test_a_likelihood_is_refused_beside_a_cache_of_diffusers(own):
+    own.transformer.enable_cache(FirstBlockCacheConfig(threshold=0.1))
+    with pytest.raises(ConfigError, match="`score` needs a forward that computes everything"):
+        own.score("unconditional_text", text="a red apple")
+
+
+# Callbacks.
+
+
+def test_a_callback_that_writes_in_place_changes_what_the_next_step_sees(own):
+    """What it returns counts, whether it is the same tensor or another; what it keeps does not."""
+    image = own.processor.text_to_image(["a"]).window_slice(1)
+    mask = own.transformer.vocabulary.mask_token_id("image")
+
+    def erase(tensors, copies):
+        ids = tensors["input_ids"].clone() if copies else tensors["input_ids"]
+        ids[:, image] = mask
+        return {"input_ids": ids}
+
+    def once(copies):
+        return lambda pipe, step, time, tensors: erase(tensors, copies) if step == 1 else {}
+
+    drawn = [draw(own, callback_on_step_end=once(copies)) for copies in (False, True)]
+    assert torch.equal(*drawn)
+    assert not torch.equal(drawn[0], draw(own))
+    silent = draw(own, callback_on_step_end=lambda p, s, t, x: erase(x, False) and {})
+    assert torch.equal(silent, draw(own))
+    with pytest.raises(CanvasError, match="free positions only"):
+        draw(own, callback_on_step_end=lambda p, s, t, x: {"input_ids": x["input_ids"].fill_(5)})

@@ -90,7 +90,7 @@ def test_the_runs_differ_in_what_is_compared_alone(configs):
         assert other["objective"]["options"] == first["objective"]["options"]
         # Warm-up is the same share of the run.
         steps, warm_up = other["num_train_steps"], other["lr_schedule"]["num_warmup_steps"]
-        assert warm_up / steps == pytest.approx(300 / 6000, rel=0.15)
+        assert warm_up / steps == pytest.approx(60 / 1200, rel=0.15)
     causal = configs["causal"].model
     assert causal == dataclasses.replace(
         configs["unified"].model,

@@ -93,7 +93,7 @@ class Kernels:
         size = self(name, *arguments, None)
         memory = getattr(self._scratch, "memory", None)
         if memory is None or memory.numel() < size:
-            memory = torch.empty(size, dtype=torch.uint8)
+            memory = torch.empty(size, dtype=torch.uint8, device="cpu")
             if size <= MAX_SCRATCH:
                 self._scratch.memory = memory
         self(name, *arguments, memory)

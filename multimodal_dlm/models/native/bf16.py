@@ -40,14 +40,14 @@ def _strips(size: int) -> int:
 
 def pack(weight: Float[Tensor, "out inner"]) -> tuple[Tensor, Tensor]:
     """The weight in bf16, laid out for x W^T and for x W."""
-    backward = torch.empty(weight.shape, dtype=torch.bfloat16)
+    backward = torch.empty(weight.shape, dtype=torch.bfloat16, device=weight.device)
     return pack_forward(weight, backward), backward
 
 
 def pack_forward(weight: Float[Tensor, "out inner"], backward: Tensor | None = None) -> Tensor:
     """The weight in bf16, laid out for x W^T, and into `backward` for x W."""
     weight = weight.detach().contiguous()
-    forward = torch.empty(weight.shape, dtype=torch.bfloat16)
+    forward = torch.empty(weight.shape, dtype=torch.bfloat16, device=weight.device)
     name = "pack_float" if weight.dtype == torch.float32 else "pack_bf16"
     _library()(name, weight, forward, backward, *weight.shape, num_threads())
     return forward

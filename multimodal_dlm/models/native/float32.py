@@ -25,7 +25,8 @@ PANEL = 16
 
 
 def _kernels() -> Kernels | None:
-    return kernels("avx512" if torch.cpu._is_avx512_supported() else "avx2")
+    has_avx512 = torch.cpu._is_avx512_supported()
+    return (kernels("avx512") if has_avx512 else None) or kernels("avx2")
 
 
 def _library() -> Kernels:
