@@ -13,6 +13,7 @@ fewest steps whose alignment is at least that of the reference.
 """
 
 import argparse
+import inspect
 import statistics
 import time
 from collections.abc import Mapping, Sequence
@@ -106,11 +107,16 @@ def _speed(found: Mapping[str, Mapping[str, Any] | None], role: str) -> str:
     return f"{each['pictures_per_second']:.3g} in {each['steps']} steps"
 
 
-def drawing_settings(reports: Mapping[str, Mapping[str, Any]]) -> dict[str, list[dict[str, Any]]]:
+def drawing_settings(
+    reports: Mapping[str, Mapping[str, Any]], pipes: Mapping[str, Any]
+) -> dict[str, list[dict[str, Any]]]:
     """Model -> numbers of steps it was judged in, each with its alignment, fewest first.
 
-    A causal model has one entry, `steps` None: a forward for each token.
+    A causal model has one entry, `steps` None: a forward for each token. Another that was judged in
+    no `drawing.*` has the steps of its pictures in `DRAWN`.
     """
+    call = inspect.signature(UnifiedTextToImagePipeline.__call__)
+    default = call.parameters["num_inference_steps"].default
     found: dict[str, list[dict[str, Any]]] = {}
     for role, report in reports.items():
         described, metrics = report["settings"]["measurements"], report["metrics"]
@@ -126,7 +132,10 @@ def drawing_settings(reports: Mapping[str, Mapping[str, Any]]) -> dict[str, list
             ]
             found[role] = sorted(settings, key=lambda each: each["steps"])
         elif f"{DRAWN}.{ALIGNMENT}" in metrics:
-            found[role] = [{"steps": None, ALIGNMENT: metrics[f"{DRAWN}.{ALIGNMENT}"]}]
+            is_causal = pipes[role].processor.layout["condition_attention"] == "causal"
+            steps = described.get(DRAWN, {}).get("num_inference_steps", default)
+            steps = None if is_causal else steps
+            found[role] = [{"steps": steps, ALIGNMENT: metrics[f"{DRAWN}.{ALIGNMENT}"]}]
     return found
 
 
@@ -229,7 +238,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     reports, pipes = measure(args.folders, manifest, suite, args)
     first = next(iter(args.folders))
     speed: dict[str, Any] = {}
-    settings = drawing_settings(reports)
+    settings = drawing_settings(reports, pipes)
     if settings:
         data = HeldOut(
             manifest.sources["emoji"], "unseen_combinations",

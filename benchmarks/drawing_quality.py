@@ -47,10 +47,15 @@ def drawn_once(drawer: Drawer, prompts: Sequence[str], data: HeldOut, folder: Pa
     """One picture a prompt; every batch is kept in the folder, so that a run can be continued.
 
     Raises:
-        SystemExit: When the folder holds pictures of other prompts or settings.
+        SystemExit: When the folder holds pictures of other prompts, settings, seed or batch size.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    what = {"settings": dict(drawer.settings), "prompts": list(prompts), "seed": data.seed}
+    what = {
+        "settings": dict(drawer.settings),
+        "prompts": list(prompts),
+        "seed": data.seed,
+        "batch_size": data.batch_size,
+    }
     note = folder / "what.json"
     if not note.exists():
         note.write_text(json.dumps(what, indent=1) + "\n")

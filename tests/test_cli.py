@@ -12,6 +12,7 @@ import yaml
 from PIL import Image
 
 from multimodal_dlm import cli
+from multimodal_dlm.commands.loading import pick_device
 from multimodal_dlm.commands.parser import hyphens_to_underscores
 from multimodal_dlm.commands.pictures import box_mask, file_stem
 from multimodal_dlm.commands.reporting import find_format
@@ -195,9 +196,9 @@ def test_box_mask_is_white_inside_only():
     assert [mask.getpixel((7, y)) for y in range(4)] == [255, 255, 0, 0]
 
 
-@pytest.mark.parametrize("box", [[0, 0, 1], [0.5, 0, 0.5, 1], [0, 0, 1.2, 1], [-0.1, 0, 1, 1]])
-def test_box_outside_the_picture_is_refused(box):
-    with pytest.raises(ConfigError, match=r"`box` must be left, top, right, bottom .* got \["):
+@pytest.mark.parametrize("box", [[0], [1, 0, 1, 1], [0, 0, 2, 1], [-1, 0, 1, 1], [0, 0, 1, 0.05]])
+def test_box_outside_the_picture_or_without_a_pixel_is_refused(box):
+    with pytest.raises(ConfigError, match=r"`box` must (be left, top,|hold at least).* got \["):
         box_mask((8, 8), box)
 
 
@@ -420,6 +421,15 @@ def test_unknown_device_is_a_sentence(capsys, tiny):
         capsys, "generate", "a", "--pipeline", str(tiny / "pipeline"), "--device", "gpu0"
     )
     assert "`device` must be one that torch can use here; got `gpu0`" in message
+
+
+def test_a_device_without_float64_is_not_computed_on(monkeypatch):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    monkeypatch.setattr("torch.backends.mps.is_available", lambda: True)
+    assert pick_device("auto") == "cpu"
+    for device in ("mps", "mps:0"):
+        with pytest.raises(ConfigError, match=f"must compute in float64, .*; got `{device}`"):
+            pick_device(device)
 
 
 def test_data_inspect(capsys, tiny):

@@ -20,8 +20,15 @@ from multimodal_dlm.app.tasks import (
     Frame,
     Studio,
 )
-from multimodal_dlm.app.uploads import MAX_UPLOAD_BYTES, drawn_mask, open_upload
+from multimodal_dlm.app.uploads import (
+    MAX_UPLOAD_BYTES,
+    UNREADABLE,
+    check_drawn,
+    drawn_mask,
+    open_upload,
+)
 from multimodal_dlm.errors import ConfigError, DataError, MultimodalDLMError
+from multimodal_dlm.intake import over_white
 
 logger = logging.getLogger(__name__)
 
@@ -207,14 +214,15 @@ def _as_drawing(picture: Image.Image | None) -> Any:
 
 
 def _painted(drawing: Any) -> tuple[Image.Image, Image.Image]:
-    """Picture and mask of an editor's value."""
+    """Picture and mask of an editor's value; transparency is laid over white."""
+    if isinstance(drawing, DataError):
+        raise drawing
     if drawing == BROKEN:
-        raise DataError("That file is not a readable picture. Choose a PNG, JPEG or WebP picture.")
+        raise DataError(UNREADABLE)
     if not drawing or drawing["background"] is None:
         raise DataError("There is no picture yet. Choose one, or take the last drawn picture.")
     mask = drawn_mask(drawing["layers"])
-    image = drawing["background"].convert("RGB")
-    return image.resize(mask.size), mask
+    return over_white(drawing["background"]).resize(mask.size), mask
 
 
 def _private() -> dict[str, Any]:
@@ -284,16 +292,26 @@ def _editor(gr: Any) -> Any:
         sources=["upload", "clipboard"], transforms=[], layers=False, brush=brush, format="png",
         canvas_size=(512, 512), height=380, buttons=[], elem_id="inpaint-editor",
     )  # fmt: skip
+    read = editor.convert_and_format_image
+
+    def read_checked(drawn: Any, *args: Any, **kwargs: Any) -> Any:
+        if drawn is not None:
+            check_drawn(getattr(drawn, "path", drawn))
+        return read(drawn, *args, **kwargs)
+
+    editor.convert_and_format_image = read_checked
     return _forgiving(editor)
 
 
 def _forgiving(component: Any) -> Any:
-    """Hand files on that gradio cannot open: our own reader says what is wrong with them."""
+    """Hand on what is wrong with a file, or that gradio cannot open it; the run then says so."""
     read = component.preprocess
 
     def preprocess(payload: Any) -> Any:
         try:
             return read(payload)
+        except DataError as error:
+            return error
         except Exception:  # noqa: BLE001 - any decoder's complaint about a hostile file
             return BROKEN
 

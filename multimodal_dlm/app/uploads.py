@@ -7,12 +7,18 @@ import numpy as np
 from PIL import Image, ImageOps
 
 from multimodal_dlm.errors import DataError
-from multimodal_dlm.intake import UnreadablePictureError, over_white, read_picture
+from multimodal_dlm.intake import (
+    UnreadablePictureError,
+    decode_picture,
+    over_white,
+    read_picture,
+)
 
 MAX_UPLOAD_BYTES = 20 * 2**20
 MAX_SIDE = 512  # Larger pictures are reduced at once; models see far less.
 REFUSED = "That picture cannot be used"
 REMEDY = "Choose a PNG, JPEG or WebP picture."
+UNREADABLE = f"That file is not a readable picture. {REMEDY}"
 
 
 def open_upload(path: str | Path | None) -> Image.Image:
@@ -31,7 +37,25 @@ def open_upload(path: str | Path | None) -> Image.Image:
     try:
         return read_picture(path, _plain, where=REFUSED, max_bytes=MAX_UPLOAD_BYTES)
     except UnreadablePictureError:
-        raise DataError(f"That file is not a readable picture. {REMEDY}") from None
+        raise DataError(UNREADABLE) from None
+
+
+def check_drawn(drawn: str | Path | bytes) -> None:
+    """Refuse by its header a picture of the editor, before gradio's own reader opens it.
+
+    Args:
+        drawn: A file, or its bytes: the browser sends what it shows as PNG, larger than the upload.
+
+    Raises:
+        DataError: When `multimodal_dlm.intake` refuses it.
+    """
+    try:
+        if isinstance(drawn, (str, Path)):
+            read_picture(drawn, lambda image: None, where=REFUSED)
+        else:
+            decode_picture(drawn, REFUSED, lambda image: None)
+    except UnreadablePictureError:
+        raise DataError(UNREADABLE) from None
 
 
 def drawn_mask(layers: list[Any]) -> Image.Image:

@@ -30,7 +30,7 @@ def run_app(
         host: address to listen at; the default lets only this machine in, another one needs a key
         port: port to listen at; null takes the first free one from 7860
         key: password of the page, for the name `demo`; null asks for none
-        device: auto, cpu, cuda, cuda:1, mps
+        device: auto, cpu, cuda, cuda:1
         open_browser: open the page in the browser
     """
     require_folder(pipeline)

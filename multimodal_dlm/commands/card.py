@@ -35,7 +35,7 @@ def run_card(
             f"`pipeline` must be a folder on this machine; there is no folder `{pipeline}`."
         )
     from multimodal_dlm.pipelines import load_pipeline
-    from multimodal_dlm.pipelines.manifest import hash_files, verify_manifest, write_manifest
+    from multimodal_dlm.pipelines.manifest import hash_shared, verify_manifest, write_manifest
     from multimodal_dlm.pipelines.model_card import CARD_NAME, read_report, render_card
 
     if verify_manifest(pipeline, but=(CARD_NAME,)):
@@ -45,7 +45,7 @@ def run_card(
         loaded.card = replace(loaded.card, metrics=read_report(report))
         loaded.card.save(pipeline)
         write_manifest(pipeline)
-    card = render_card(loaded, hash_files(pipeline))
+    card = render_card(loaded, hash_shared(pipeline))
     path = Path(pipeline) / "README.md" if output is None else Path(output)
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(card, encoding="utf-8")

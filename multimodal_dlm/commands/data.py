@@ -36,7 +36,8 @@ def run_build(
     Args:
         recipe: Name of the recipe.
         output: data root; shards go into `<output>/<recipe>/`
-        sources: folder of the unpacked source packages; null fetches them into `<output>/sources`
+        sources: folder of the source archives `<name>-<version>.tgz`, as `npm pack` writes them;
+            null fetches them into `<output>/sources`
         limit: samples per split at most; null for all
     """
     try:

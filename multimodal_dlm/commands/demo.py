@@ -62,7 +62,7 @@ def run_demo(
         data: manifest of the held-out pictures to describe
         output: folder for `prompts.png`, `inpaint.png` and `demo.json`
         seed: of the first picture; picture i has seed + i
-        device: auto, cpu, cuda, cuda:1, mps
+        device: auto, cpu, cuda, cuda:1
     """
     start = time.perf_counter()
     require_folder(pipeline)

@@ -58,7 +58,7 @@ def run_evaluate(
             needs another one is left out, with the reason; null for all
         seed: of every draw
         batch_size: rows at once
-        device: auto, cpu, cuda, cuda:1, mps
+        device: auto, cpu, cuda, cuda:1
     """
     from multimodal_dlm.datasets.manifest import open_manifest
     from multimodal_dlm.evaluation.suites import open_suite, suite_of_data

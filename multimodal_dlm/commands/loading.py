@@ -24,21 +24,22 @@ def load(class_name: str, path: str, device: str = "auto") -> Any:
     Args:
         class_name: Class of `multimodal_dlm.pipelines` to load the folder as.
         path: Folder, or `owner/name` on the Hub.
-        device: `auto` takes CUDA, then MPS, then the CPU.
+        device: `auto` takes CUDA, else the CPU.
 
     Raises:
         CheckpointError: When there is no such pipeline.
-        ConfigError: When torch does not know the device.
+        ConfigError: When torch does not know the device, or it is MPS.
     """
     require_folder(path)
     say("importing torch, diffusers and transformers (some seconds)")
     start = time.perf_counter()
+    target = pick_device(device)
     from multimodal_dlm.models.kv_cache import ExactCacheConfig
 
     pipelines = importlib.import_module("multimodal_dlm.pipelines")
     pipeline = getattr(pipelines, class_name).from_pretrained(path)
     try:
-        pipeline.to(pick_device(device))
+        pipeline.to(target)
     except (RuntimeError, AssertionError) as error:
         raise ConfigError(
             f"`device` must be one that torch can use here; got `{device}` ({error}). Use `cpu`."
@@ -91,14 +92,21 @@ def write_json(path: str | None, values: dict[str, Any]) -> None:
 
 
 def pick_device(device: str) -> str:
-    """The device that `auto` stands for, or the one given."""
+    """The device that `auto` stands for (CUDA, else the CPU), or the one given.
+
+    Raises:
+        ConfigError: For MPS, which has no float64: positions and draws of tokens are made in it.
+    """
     import torch
 
+    if device.partition(":")[0] == "mps":
+        raise ConfigError(
+            f"`device` must compute in float64, which Apple's MPS does not; got `{device}`. Use"
+            " `cpu`."
+        )
     if device != "auto":
         return device
-    if torch.cuda.is_available():
-        return "cuda"
-    return "mps" if torch.backends.mps.is_available() else "cpu"
+    return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def seeded(seed: int, count: int) -> "list[torch.Generator]":

@@ -62,7 +62,7 @@ def run_generate(
         num_inference_steps: denoising steps; null takes the pipeline's default
         guidance_scale: strength of the prompt, 1 is off; null takes the pipeline's default
         seed: of the first picture; picture i has seed + i
-        device: auto, cpu, cuda, cuda:1, mps
+        device: auto, cpu, cuda, cuda:1
     """
     loaded = load("UnifiedTextToImagePipeline", pipeline, device)
     captions = [text for text in prompt for _ in range(num_images_per_prompt)]
@@ -108,7 +108,7 @@ def run_inpaint(
         num_inference_steps: denoising steps; null takes the pipeline's default
         guidance_scale: strength of the prompt, 1 is off; null takes the pipeline's default
         seed: of the first result; result i has seed + i
-        device: auto, cpu, cuda, cuda:1, mps
+        device: auto, cpu, cuda, cuda:1
     """
     if (mask is None) == (box is None):
         raise ConfigError(
@@ -149,7 +149,7 @@ def run_joint(
         output: folder for the pictures and `sheet.png`
         num_inference_steps: denoising steps; null takes the pipeline's default
         seed: of the first pair; pair i has seed + i
-        device: auto, cpu, cuda, cuda:1, mps
+        device: auto, cpu, cuda, cuda:1
     """
     loaded = load("UnifiedJointPipeline", pipeline, device)
     start = time.perf_counter()
@@ -170,7 +170,7 @@ def box_mask(size: tuple[int, int], box: Sequence[float]) -> "Image.Image":
         box: Left, top, right, bottom as shares of the picture.
 
     Raises:
-        ConfigError: When the box is not inside the picture.
+        ConfigError: When the box is not inside the picture or holds no pixel of it.
     """
     from PIL import Image, ImageDraw
 
@@ -179,8 +179,13 @@ def box_mask(size: tuple[int, int], box: Sequence[float]) -> "Image.Image":
             "`box` must be left, top, right, bottom with 0 <= left < right <= 1 and 0 <= top <"
             f" bottom <= 1; got {list(box)}. Use --box '[0.25, 0.25, 0.75, 0.75]' for the middle."
         )
-    mask = Image.new("L", size, 0)
     left, top, right, bottom = (round(share * size[place % 2]) for place, share in enumerate(box))
+    if left == right or top == bottom:
+        raise ConfigError(
+            f"`box` must hold at least one pixel of the {size[0]} x {size[1]} picture; got"
+            f" {list(box)}. Give a larger one."
+        )
+    mask = Image.new("L", size, 0)
     ImageDraw.Draw(mask).rectangle((left, top, right - 1, bottom - 1), fill=255)
     return mask
 

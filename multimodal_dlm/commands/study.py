@@ -60,7 +60,7 @@ def run_noise_spectrum(
         limit: pictures at most
         seed: of masks and folds
         output: folder of the report
-        device: auto, cpu, cuda, cuda:1, mps
+        device: auto, cpu, cuda, cuda:1
     """
     from multimodal_dlm.datasets.manifest import open_manifest
     from multimodal_dlm.evaluation.suites import Suite, SuiteEntry
@@ -111,7 +111,7 @@ def run_step_plan(
             the prediction alone. One forward for each token of a window
         output: JSON file for the result; null writes none
         save_scheduler: folder for the pipeline's scheduler with this profile; null writes none
-        device: auto, cpu, cuda, cuda:1, mps
+        device: auto, cpu, cuda, cuda:1
     """
     held_out = open_source(manifest, data_root, source)
     require_folder(pipeline)

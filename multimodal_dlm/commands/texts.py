@@ -48,7 +48,7 @@ def run_caption(
         num_inference_steps: denoising steps; null is one per token
         guidance_scale: strength of the picture, 1 is off; null takes the pipeline's default
         seed: of the first caption; caption i has seed + i
-        device: auto, cpu, cuda, cuda:1, mps
+        device: auto, cpu, cuda, cuda:1
     """
     pictures = [read_picture(path) for path in image]
     loaded = load("UnifiedImageToTextPipeline", pipeline, device)
@@ -91,7 +91,7 @@ def run_ask(
         num_inference_steps: denoising steps; null is one per token
         guidance_scale: strength of the picture, 1 is off; null takes the pipeline's default
         seed: of the first answer; answer i has seed + i
-        device: auto, cpu, cuda, cuda:1, mps
+        device: auto, cpu, cuda, cuda:1
     """
     picture = read_picture(image)
     loaded = load("UnifiedImageToTextPipeline", pipeline, device)

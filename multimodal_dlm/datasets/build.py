@@ -14,7 +14,7 @@ from multimodal_dlm.datasets.manifest import open_manifest, write_dataset_manife
 from multimodal_dlm.datasets.recipes import Recipe, get_recipe
 from multimodal_dlm.datasets.row_reading import open_reader
 from multimodal_dlm.datasets.schema import Sample
-from multimodal_dlm.datasets.writing import write_shards
+from multimodal_dlm.datasets.writing import check_replaceable, write_shards
 from multimodal_dlm.errors import DataError
 
 INSPECTED_RECORDS = 500
@@ -33,7 +33,7 @@ def build(
     """Build the shards of a recipe and the manifest beside them.
 
     The bytes are a pure function of the recipe, its packages, `limit` and `shard_size`. Shards are
-    written aside and take the place of older ones when all are complete.
+    written aside and take the place of older ones of the recipe when all are complete.
 
     Args:
         recipe: Name of a recipe, such as `emoji`.
@@ -50,10 +50,13 @@ def build(
 
     Raises:
         ConfigError: When there is no such recipe.
-        DataError: When a source cannot be fetched or read, or `limit` names no split.
+        DataError: When a source cannot be fetched or read, `limit` names no split, or `output`
+            holds something else by the recipe's name.
     """
     kind = get_recipe(recipe)
     root = Path(output)
+    remedy = f"Give another `output`, or move {root / recipe} and its manifest away."
+    check_replaceable(root, recipe, recipe, remedy)
     sources = SourceFolder(Path(sources_dir) if sources_dir is not None else root / "sources")
     sources.fetch(kind.packages)
     made = kind(sources)

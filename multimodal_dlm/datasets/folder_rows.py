@@ -115,7 +115,7 @@ def _metadata(folder: Path, path: Path) -> Iterator[Entry]:
     if path.suffix == ".csv":
         yield from _csv_rows(path, text)
     elif path.suffix == ".jsonl":
-        for number, line in enumerate(text.splitlines(), start=1):
+        for number, line in enumerate(text.split("\n"), start=1):
             if line.strip():
                 yield f"{path.name}, line {number}", _json_row(line)
     else:
@@ -165,7 +165,7 @@ def _sidecars(folder: Path, names: list[str]) -> Iterator[Entry]:
             except DataError as error:
                 yield where, error
                 continue
-            found = {"text": content.splitlines()} if path == text else _json_row(content)
+            found = {"text": content.split("\n")} if path == text else _json_row(content)
             yield where, found if isinstance(found, DataError) else {**found, "file_name": name}
 
 
@@ -228,6 +228,11 @@ def require_inside(folder: Path, path: Path) -> None:
 
 
 def _read_text(folder: Path, path: Path) -> str:
+    """The text of a file, every line of it ended by a line feed alone.
+
+    Lines are split there and nowhere else: JSON strings may hold U+2028, U+2029 and U+0085 as they
+    are, at which `str.splitlines` splits as well.
+    """
     require_inside(folder, path)
     if path.stat().st_size > MAX_METADATA_BYTES:
         raise DataError(f"{path.name} must have at most {MAX_METADATA_BYTES} bytes. Split it.")

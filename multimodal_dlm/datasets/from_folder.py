@@ -9,14 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import yaml
 from PIL import Image, ImageOps
 
 from multimodal_dlm.datasets.folder_rows import FolderRow, Refusal, read_folder, require_inside
 from multimodal_dlm.datasets.manifest import write_dataset_manifest
 from multimodal_dlm.datasets.sampling import hash_fraction
 from multimodal_dlm.datasets.schema import KEY_RULE, Record, Sample
-from multimodal_dlm.datasets.writing import ShardWriter
+from multimodal_dlm.datasets.writing import ShardWriter, check_replaceable
 from multimodal_dlm.errors import ConfigError, DataError, unknown_name
 from multimodal_dlm.intake import encode_png, over_white, read_upright
 
@@ -203,19 +202,7 @@ def _check_output(source: Path, root: Path, name: str) -> None:
             f"The shards must not be written into the folder of the pictures; got {target}. Give"
             " another `--output` or `--name`."
         )
-    manifest = root / f"{name}.yaml"
-    if not (target.exists() or manifest.exists()):
-        return
-    try:
-        content = yaml.safe_load(manifest.read_text())
-        is_ours = isinstance(content, Mapping) and content.get("recipe") == RECIPE
-    except (OSError, ValueError, yaml.YAMLError):
-        is_ours = False
-    if not is_ours:
-        raise DataError(
-            f"{root} has another dataset called `{name}`, which is not replaced. Give another"
-            " `--name`."
-        )
+    check_replaceable(root, name, RECIPE, "Give another `--name`.")
 
 
 def _slug(text: str) -> str:

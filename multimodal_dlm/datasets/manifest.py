@@ -11,7 +11,6 @@ identity: a run draws the same examples from either, and may be continued with t
 
 import hashlib
 import json
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -20,6 +19,12 @@ from typing import Any
 import yaml
 
 from multimodal_dlm.datasets.filters import Filter
+from multimodal_dlm.datasets.manifest_entries import (
+    check_names,
+    check_share,
+    check_size,
+    check_tasks,
+)
 from multimodal_dlm.datasets.row_groups import TEXT_KINDS, Codebooks
 from multimodal_dlm.datasets.storage import AnyPath, as_path
 from multimodal_dlm.datasets.templates import check_templates
@@ -52,9 +57,9 @@ _MEMBER_ENTRIES = (
     *MEMBER_CHANGES,
 )
 _OPTIONAL_ENTRIES = ("tokenized",)
-_PLAIN_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,127}")
 _SHARD_ENTRIES = ("name", "count", "num_bytes", "sha256")
 _ORIGIN_ENTRIES = ("num_bytes", "sha256")
+_SAMPLE_BYTES = 512  # A sample of a raw shard has at least one header of a tar member.
 
 
 @dataclass(frozen=True)
@@ -232,7 +237,7 @@ def open_manifest(path: str | AnyPath, data_root: str | AnyPath | None = None) -
     for member in members:
         changes = dict(member)
         _check_entries(changes, _MEMBER_ENTRIES, f"{path}: a member", required=("manifest",))
-        inner = path.parent / changes.pop("manifest")
+        inner = path.parent / _member_name(path, changes.pop("manifest"))
         source = _open_dataset(inner, root, changes)
         if source.name in sources:
             raise DataError(
@@ -245,6 +250,19 @@ def open_manifest(path: str | AnyPath, data_root: str | AnyPath | None = None) -
     temperature = _check_weighting(path, content.get("temperature"), members)
     licenses = _check_licenses(path, content.get("licenses"), sources)
     return Manifest(content["name"], sources, temperature, licenses)
+
+
+def manifest_files(path: str | AnyPath) -> tuple[AnyPath, ...]:
+    """The file of a manifest that opens, then those of a mixture's members."""
+    path = as_path(path)
+    members = _read_yaml(path).get("mixture", ())
+    return path, *(path.parent / member["manifest"] for member in members)
+
+
+def _member_name(path: AnyPath, name: object) -> str:
+    if not isinstance(name, str):
+        raise DataError(f"{path}: `manifest` of a member must be a file name; got {name!r}.")
+    return name
 
 
 def _check_weighting(path: AnyPath, temperature: Any, members: Sequence[Any]) -> float | None:
@@ -318,24 +336,13 @@ def _shard_row(shard: ShardInfo | ShardFile) -> dict[str, Any]:
     return {"name": shard.path.name, **row}
 
 
-def _check_names(path: AnyPath, content: Mapping[str, Any]) -> None:
-    """Names become parts of paths where shards are tokenized: they must never lead elsewhere."""
-    if not isinstance(content["splits"], dict):
-        raise DataError(f"{path}: `splits` must map names to shards; got {content['splits']!r}.")
-    for name in (content["name"], *content["splits"]):
-        if not isinstance(name, str) or not _PLAIN_NAME.fullmatch(name):
-            raise DataError(
-                f"{path}: the names of a source and its splits must be plain names of letters,"
-                f" digits, `_`, `-` and `.`; got {name!r}. Rename it."
-            )
-
-
 def _open_dataset(path: AnyPath, root: AnyPath | None, changes: Mapping[str, Any]) -> Source:
     content = _read_yaml(path)
     known_entries = (*DATASET_ENTRIES, *_OPTIONAL_ENTRIES)
     _check_entries(content, known_entries, str(path), required=DATASET_ENTRIES)
     content.update(changes)
-    _check_names(path, content)
+    check_names(path, content)
+    check_tasks(path, content)
     _check_member(path, content, changes)
     if "tokenized" in content:
         content["tokenized"] = Codebooks.from_dict(content["tokenized"], str(path))
@@ -347,13 +354,14 @@ def _open_dataset(path: AnyPath, root: AnyPath | None, changes: Mapping[str, Any
     if not isinstance(weights, dict):
         raise DataError(f"{path}: `question_weights` must map types to weights; got {weights!r}.")
     for kind, weight in weights.items():
-        _check_share(path, f"question_weights.{kind}", weight)
-    if Path(content["folder"]).is_absolute() or ".." in Path(content["folder"]).parts:
+        check_share(path, f"question_weights.{kind}", weight)
+    name = content["folder"]
+    if not isinstance(name, str) or Path(name).is_absolute() or ".." in Path(name).parts:
         raise DataError(
-            f"{path}: `folder` must lie inside the data root; got `{content['folder']}`. Give"
-            " another root as `data_root`."
+            f"{path}: `folder` must lie inside the data root; got `{name}`. Give another root as"
+            " `data_root`."
         )
-    folder = (root if root is not None else path.parent) / content["folder"]
+    folder = (root if root is not None else path.parent) / name
     is_raw = "tokenized" not in content
     splits = {
         split: tuple(_open_shard(path, folder, row, is_raw=is_raw) for row in rows)
@@ -362,9 +370,9 @@ def _open_dataset(path: AnyPath, root: AnyPath | None, changes: Mapping[str, Any
     known = {"name", "weight", "tasks", "caption_weights", "splits", "folder"}
     return Source(
         name=content["name"],
-        weight=_check_share(path, "weight", content["weight"], at_least=1),
+        weight=check_share(path, "weight", content["weight"], at_least=1),
         tasks={
-            task: _check_share(path, f"tasks.{task}", share)
+            task: check_share(path, f"tasks.{task}", share)
             for task, share in content["tasks"].items()
         },
         caption_weights=content["caption_weights"],
@@ -402,19 +410,18 @@ def _open_shard(
     if not is_raw:
         _check_entries(row["origin"], _ORIGIN_ENTRIES, f"{path}: `origin` of {name}")
         _check_entries(row["longest"], TEXT_KINDS, f"{path}: `longest` of {name}")
-        origin = ShardOrigin(int(row["origin"]["num_bytes"]), str(row["origin"]["sha256"]))
-        longest = {kind: int(row["longest"][kind]) for kind in TEXT_KINDS}
-    num_bytes, sha256 = int(row["num_bytes"]), str(row["sha256"])
-    return ShardFile(folder / name, int(row["count"]), num_bytes, sha256, origin, longest)
-
-
-def _check_share(path: AnyPath, name: str, value: object, at_least: int = 0) -> int:
-    if not isinstance(value, int) or value < at_least:
-        raise DataError(
-            f"{path}: `{name}` must be an integer of at least {at_least}; got {value!r}. Scale the"
-            " shares up until they are whole."
-        )
-    return value
+        raw_bytes = check_size(path, f"{name}: origin.num_bytes", row["origin"]["num_bytes"])
+        origin = ShardOrigin(raw_bytes, str(row["origin"]["sha256"]))
+        longest = {
+            kind: check_size(path, f"{name}: longest.{kind}", row["longest"][kind])
+            for kind in TEXT_KINDS
+        }
+    num_bytes = check_size(path, f"{name}: num_bytes", row["num_bytes"])
+    most = num_bytes // _SAMPLE_BYTES
+    if origin is not None:  # Rows of a group have no headers, but no less than a byte.
+        most = min(num_bytes, origin.num_bytes // _SAMPLE_BYTES)
+    count = check_size(path, f"{name}: count", row["count"], most)
+    return ShardFile(folder / name, count, num_bytes, str(row["sha256"]), origin, longest)
 
 
 def _read_yaml(path: AnyPath) -> dict[str, Any]:
@@ -438,6 +445,8 @@ def _check_entries(
     where: str,
     required: Sequence[str] | None = None,
 ) -> None:
+    if not isinstance(content, Mapping):
+        raise DataError(f"{where} must be a mapping; got {type(content).__name__}.")
     for name in content:
         if name not in known:
             raise DataError(f"{where}: {unknown_name('entry', str(name), known)}")

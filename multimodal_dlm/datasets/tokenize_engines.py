@@ -21,10 +21,12 @@ from multimodal_dlm.datasets.manifest import (
     MIXTURE_OPTIONS,
     ShardFile,
     Source,
+    manifest_files,
     open_manifest,
     write_dataset_manifest,
 )
 from multimodal_dlm.datasets.row_groups import MAX_GROUP_ROWS, MIN_GROUP_ROWS
+from multimodal_dlm.datasets.storage import AnyPath
 from multimodal_dlm.datasets.tokenizing import (
     ShardTask,
     TokenizerFolders,
@@ -64,7 +66,8 @@ def tokenize_source(
 
     Raises:
         ConfigError: When the engine, a split or a number is wrong.
-        DataError: When a raw shard or one of its pictures cannot be used.
+        DataError: When a raw shard or one of its pictures cannot be used, or a new shard would
+            take the place of a raw one.
     """
     if engine not in ENGINES:
         raise unknown_name("engine", engine, ENGINES)
@@ -74,8 +77,7 @@ def tokenize_source(
         )
     if workers < 1:
         raise ConfigError(f"`workers` must be at least 1; got {workers}. Use the number of cores.")
-    if source.codebooks is not None:
-        raise DataError(f"Source `{source.name}` is pre-tokenized already. Give its raw manifest.")
+    _check_apart({folder: source}, ())
     for split in splits or ():
         if split not in source.splits:
             raise unknown_name("split", split, source.splits)
@@ -128,7 +130,8 @@ def tokenize_manifest(
 
     Raises:
         ConfigError: When an option is wrong.
-        DataError: When a raw shard or one of its pictures cannot be used.
+        DataError: When a raw shard or one of its pictures cannot be used, or a file would take the
+            place of a raw one.
     """
     path, output = Path(manifest), Path(output)
     opened = open_manifest(manifest, data_root)
@@ -138,6 +141,12 @@ def tokenize_manifest(
             f"The file of a mixture must not be called like one of its sources; got {path}. Rename"
             " it."
         )
+    manifests = [output / path.name, *(output / f"{name}.yaml" for name in opened.sources)]
+    _check_apart(
+        {output / name: source for name, source in opened.sources.items()},
+        manifests if is_mixture else manifests[1:],
+        manifest_files(manifest),
+    )
     wanted = options.get("splits")
     for split in wanted or ():
         if split not in opened.splits:
@@ -172,6 +181,37 @@ def _named(
     progress: Callable[[str, int, int], object], name: str, total: int
 ) -> Callable[[int], object]:
     return lambda count: progress(name, count, total)
+
+
+def _check_apart(
+    sources: Mapping[Path, Source], manifests: Sequence[Path], inputs: Sequence[AnyPath] = ()
+) -> None:
+    """Refuse sources that are not raw, and to write over what is read, also through links.
+
+    Args:
+        sources: Raw source by the folder of its new shards.
+        manifests: Manifests that will be written.
+        inputs: Manifests that were read.
+
+    Raises:
+        DataError: Naming the source or the file.
+    """
+    shards: dict[Path, list[AnyPath]] = {}
+    for folder, source in sources.items():
+        if source.codebooks is not None:
+            raise DataError(
+                f"Source `{source.name}` is pre-tokenized already. Give its raw manifest."
+            )
+        shards[folder] = [shard.path for part in source.splits.values() for shard in part]
+    read = [*inputs, *(path for paths in shards.values() for path in paths)]
+    own = {Path(str(path).removeprefix("file://")).resolve() for path in read}
+    made = [folder / path.name for folder, paths in shards.items() for path in paths]
+    for target in (*manifests, *made):
+        if target.resolve() in own:
+            raise DataError(
+                f"The output must lie apart from the raw files; {target} would be written over."
+                " Give another `output`, such as `data/tokenized`."
+            )
 
 
 def _write_manifest(output: Path, source: Source, splits: Sequence[str] | None) -> dict[str, Any]:

@@ -3,9 +3,11 @@
 import hashlib
 import io
 import tarfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+
+import yaml
 
 from multimodal_dlm.datasets.indexing import build_index, write_index
 from multimodal_dlm.datasets.schema import Sample
@@ -100,6 +102,33 @@ def write_shards(
     for sample in samples:
         writer.write(sample)
     return writer.close()
+
+
+def check_replaceable(root: Path, name: str, recipe: str, remedy: str) -> None:
+    """Refuse to replace a dataset that was not written by this recipe.
+
+    Args:
+        root: Data root: shards in `<root>/<name>/`, the manifest in `<root>/<name>.yaml`.
+        name: Name of the dataset.
+        recipe: What the manifest must say that the shards are of.
+        remedy: Last sentence of the message.
+
+    Raises:
+        DataError: When there is anything by that name that does not.
+    """
+    manifest = root / f"{name}.yaml"
+    if not ((root / name).exists() or manifest.exists()):
+        return
+    try:
+        content = yaml.safe_load(manifest.read_text())
+    except (OSError, ValueError, RecursionError, yaml.YAMLError):
+        content = {}
+    is_raw = isinstance(content, Mapping) and "tokenized" not in content
+    if not is_raw or content.get("recipe") != recipe:
+        raise DataError(
+            f"{root} has another dataset called `{name}`, which is not replaced: {manifest} must"
+            f" be a manifest of raw shards of the recipe `{recipe}`. {remedy}"
+        )
 
 
 def image_extension(data: bytes) -> str:

@@ -20,19 +20,22 @@ def alignment_metrics(
     candidates: Sequence[str],
     scorer: str | Path,
     *,
+    rows: Mapping[str, Sequence[int]] | None = None,
     seed: int = 0,
 ) -> dict[str, Metric]:
     """`name_at_1`, `name_at_5` and `alignment_auc` of drawn pictures by the scorer.
 
     `name_at_k`: the true name is among the k best of all candidates (R@k); chance is k by their
     number. `alignment_auc`: a picture's own name scores above another picture's. Every baseline is
-    another set of pictures of the same names.
+    another set of pictures of the same names. None is a ceiling: the scorer names the pictures that
+    it was fitted to, and drawings that copy them, better than real ones that are new to it.
 
     Args:
         features: Whose pictures -> `PictureFeatures` of one picture a name; `model` is measured.
         names: True name of each picture.
         candidates: Names to choose among; the true ones are added.
         scorer: Folder of the scorer.
+        rows: Baseline -> places of `names` that it has pictures of; it has all where not given.
         seed: Of the bootstrap and of the foreign names.
     """
     judge, embed = ImageTextScorer.load(scorer), TextEmbedder()
@@ -40,10 +43,17 @@ def alignment_metrics(
     places = {name: place for place, name in enumerate(listed)}
     own = [places[name] for name in names]
     foreign = [own[row] for row in mismatched(names, seed)]
-    rows = torch.arange(len(names))
     texts = embed(listed)
     scores = {who: judge.score(given, texts) for who, given in features.items()}
-    ranks = {who: name_ranks(given, own) for who, given in scores.items()}
+    shown = {who: list((rows or {}).get(who, range(len(names)))) for who in features}
+    ranks = {
+        who: name_ranks(given, [own[row] for row in shown[who]]) for who, given in scores.items()
+    }
+
+    def scores_at(who: str, columns: Sequence[int]) -> list[float]:
+        places = torch.tensor([columns[row] for row in shown[who]])
+        return scores[who].gather(1, places[:, None])[:, 0].tolist()
+
     metrics = {}
     for count in COUNTS:
         hits = {who: (rank <= count).float().tolist() for who, rank in ranks.items()}
@@ -53,10 +63,7 @@ def alignment_metrics(
             baselines={**baselines, "chance": min(1.0, count / len(listed))},
             seed=seed,
         )
-    pairs = {
-        who: (given[rows, own].tolist(), given[rows, foreign].tolist())
-        for who, given in scores.items()
-    }
+    pairs = {who: (scores_at(who, own), scores_at(who, foreign)) for who in scores}
     areas = {who: area_under_curve(*pair) for who, pair in pairs.items() if who != "model"}
     metrics["alignment_auc"] = area_metric(
         *pairs["model"], baselines={**areas, "chance": 0.5}, seed=seed

@@ -4,6 +4,8 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
 
 import numpy as np
+import torch
+import torch.nn.functional as F
 
 from multimodal_dlm.errors import DataError
 from multimodal_dlm.evaluation.text_metrics import normalise_text
@@ -74,18 +76,17 @@ def pixel_features(images: Sequence[np.ndarray]) -> np.ndarray:
     """Small RGB pictures as rows: the plainest features, which need no network.
 
     Args:
-        images: uint8 (height, width, 3), sides a multiple of 16.
+        images: uint8 (height, width, 3), of any sides. A side that is no multiple of 16 is cut into
+            16 parts that overlap by a pixel at most.
 
     Returns:
         float32 (pictures, 768), values in [0, 1].
     """
     rows = []
     for image in images:
-        height, width, channels = image.shape
-        cells = image.reshape(
-            FEATURE_SIDE, height // FEATURE_SIDE, FEATURE_SIDE, width // FEATURE_SIDE, channels
-        )
-        rows.append(cells.mean(axis=(1, 3)).reshape(-1) / 255)
+        pixels = torch.tensor(image, dtype=torch.float64).permute(2, 0, 1)
+        cells = F.adaptive_avg_pool2d(pixels, FEATURE_SIDE)
+        rows.append(cells.permute(1, 2, 0).reshape(-1).numpy() / 255)
     return np.asarray(rows, dtype=np.float32)
 
 

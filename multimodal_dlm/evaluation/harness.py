@@ -44,8 +44,10 @@ def run_suite(
     """Measure, and write `report.json`, `report.html` and one part for each measurement.
 
     A part that is there already, of the same pipeline, data, seed and arguments, is not measured
-    again: an interrupted run goes on where it stopped. But for `times` and `environment`, two runs
-    give the same report.
+    again: an interrupted run goes on where it stopped. The same pipeline is that of the same files,
+    device type, dtype and scheduler settings, run by the same commit (where it is known; changes
+    that are not committed are not told apart) and packages. But for `times` and `environment`, two
+    runs give the same report.
 
     Args:
         pipeline: Any pipeline of this package; each measure is handed the class that it wants.
@@ -82,13 +84,15 @@ def run_suite(
     output_dir = Path(output_dir)
     (output_dir / "parts").mkdir(parents=True, exist_ok=True)
     files = hash_files(folder) if folder is not None else {}
+    made = environment()
+    state = _state(pipeline, made)
     settings = {"suite": suite.name, "seed": seed, "batch_size": batch_size}
     parts: dict[str, dict[str, Any]] = {}
     times: dict[str, float] = {}
     for number, (entry, measure) in enumerate(measured, start=1):
         path = output_dir / "parts" / f"{entry.name}.json"
         own = _tasks_of(measure, tasks)
-        key = _key(entry, manifest, files, seed, batch_size, own)
+        key = _key(entry, manifest, files, state, seed, batch_size, own)
         part = _read_part(path, key) if files else None
         label = f"[{number}/{len(measured)}] {entry.name}"
         if part is None:
@@ -116,7 +120,7 @@ def run_suite(
         | {"manifest": {"name": manifest.name, "fingerprint": manifest.fingerprint}},
         "pipeline": {"name": Path(folder).name if folder else None, "files": files},
         "version": __version__,
-        "environment": environment(),
+        "environment": made,
         "times": times,
     }
     text = json.dumps(report, indent=2, ensure_ascii=False)
@@ -180,10 +184,22 @@ def _tasks_of(measure: Measure, tasks: Sequence[str]) -> dict[str, list[str]]:
     return {"tasks": list(tasks)} if takes and set(tasks) != set(TASKS) else {}
 
 
+def _state(pipeline: UnifiedPipeline, made: dict[str, Any]) -> dict[str, Any]:
+    """What a part depends on beside files and arguments: code, packages, and how the model runs."""
+    return {
+        "commit": made["commit"],
+        "packages": made["packages"],
+        "device": pipeline.device.type,
+        "dtype": str(pipeline.dtype),
+        "scheduler": pipeline.scheduler.to_json_string(),
+    }
+
+
 def _key(
     entry: SuiteEntry,
     manifest: Manifest,
     files: dict[str, str],
+    state: dict[str, Any],
     seed: int,
     batch_size: int,
     own: dict[str, list[str]],
@@ -201,6 +217,7 @@ def _key(
         {**own, **_described(entry)},
         manifest.fingerprint,
         weights,
+        state,
         seed,
         batch_size,
     ]

@@ -24,19 +24,23 @@ class ProbeResult:
     Args:
         right: Whether each row's label was found.
         nats: Cross-entropy of each row's label given its vector.
-        prior_nats: Cross-entropy of each row's label given its frequency alone.
+        prior_nats: Entropy of the labels, by their frequencies among these rows.
         predicted: Class that the probe of each row's fold gives to `other`; None without one.
     """
 
     right: list[bool]
     nats: list[float]
-    prior_nats: list[float]
+    prior_nats: float
     predicted: list[int] | None
 
     @property
     def information(self) -> float:
-        """CE(y) - CE(y | x) in nats: what a linear reader learns, at most the true information."""
-        return float(np.mean(self.prior_nats) - np.mean(self.nats))
+        """H(y) - CE(y | x) in nats: what a linear reader learns.
+
+        In expectation at most the true information: the plug-in entropy of the labels is too small
+        on average, and the cross-entropy of rows not fitted to is too large.
+        """
+        return self.prior_nats - float(np.mean(self.nats))
 
 
 def probe(
@@ -45,6 +49,7 @@ def probe(
     *,
     seed: int = 0,
     other: Float[Tensor, "rows width"] | None = None,
+    groups: Sequence[int] | None = None,
 ) -> ProbeResult:
     """Multinomial logistic regression, cross-validated (Alain and Bengio 2016, arXiv 1610.01644).
 
@@ -56,11 +61,23 @@ def probe(
         labels: Classes 0..C - 1.
         seed: Of the folds.
         other: Other vectors of the same rows, classified by the probe of their row's fold.
+        groups: Unit of each row, such as the name of what it shows: rows of a unit are in one fold,
+            so that no twin of a judged row is fitted to. None for one unit a row.
+
+    Raises:
+        DataError: When there are fewer units than folds.
     """
     rows, classes = len(labels), int(labels.max()) + 1
-    fold = torch.from_numpy(np.random.default_rng(seed).permutation(rows) % NUM_FOLDS)
+    found, unit = np.unique(np.arange(rows) if groups is None else groups, return_inverse=True)
+    if len(found) < NUM_FOLDS:
+        raise DataError(
+            f"A probe needs {NUM_FOLDS} units, one for each fold; got {len(found)}. Measure samples"
+            " of more names."
+        )
+    folds = np.random.default_rng(seed).permutation(len(found)) % NUM_FOLDS
+    fold = torch.from_numpy(folds[unit])
     right, nats = torch.zeros(rows, dtype=torch.bool), torch.zeros(rows)
-    prior, predicted = torch.zeros(rows), torch.zeros(rows, dtype=torch.long)
+    predicted = torch.zeros(rows, dtype=torch.long)
     for number in range(NUM_FOLDS):
         held = fold == number
         mean, std = features[~held].mean(dim=0), features[~held].std(dim=0) + 1e-6
@@ -68,12 +85,12 @@ def probe(
         scores = ((features[held] - mean) / std) @ weight + bias
         right[held] = scores.argmax(dim=1) == labels[held]
         nats[held] = F.cross_entropy(scores, labels[held], reduction="none")
-        counts = torch.bincount(labels[~held], minlength=classes) + 1.0
-        prior[held] = -(counts / counts.sum()).log()[labels[held]]
         if other is not None:
             predicted[held] = (((other[held] - mean) / std) @ weight + bias).argmax(dim=1)
-    found = predicted.tolist() if other is not None else None
-    return ProbeResult(right.tolist(), nats.tolist(), prior.tolist(), found)
+    shares = torch.bincount(labels, minlength=classes).double() / rows
+    entropy = float(torch.special.entr(shares).sum())
+    others = predicted.tolist() if other is not None else None
+    return ProbeResult(right.tolist(), nats.tolist(), entropy, others)
 
 
 class LinearProbe:

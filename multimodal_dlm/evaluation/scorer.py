@@ -2,8 +2,9 @@
 
 A picture's EfficientNet-Lite0 features and a text's MiniLM embedding, both frozen, each through a
 small head into one space; the score of a pair is the cosine there. It judges pictures relative to
-others of the same kind: read it beside the score of real pictures, its ceiling. It must never be a
-training reward and a metric at once.
+others of the same kind: read it beside the score of real pictures that it was not fitted to. That
+is no ceiling: it names the pictures that it was fitted to, and copies of them, far better. It must
+never be a training reward and a metric at once.
 """
 
 import json

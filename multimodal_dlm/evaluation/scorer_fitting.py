@@ -56,7 +56,7 @@ def fit_to_source(
     """Fit to the training split but for one in ten (concept, artist) pairs, and measure on those.
 
     Names are known, pictures are held out: all pictures of a pair go together. The pictures of
-    `judged_split`, whose ceiling the scorer will be, are never fitted to.
+    `judged_split` are never fitted to.
 
     Args:
         source: Pictures with names, and an artist in their meta.
@@ -79,10 +79,7 @@ def fit_to_source(
         features[split] = extract([sample.image for sample in samples])
         names[split] = [name_of_sample(sample) for sample in samples]
         if split == "train":
-            artists = [str(sample.record.meta.get("artist")) for sample in samples]
-    held = torch.tensor(
-        [held_out_pair(n, a, HELD_OUT_SHARE) for n, a in zip(names["train"], artists, strict=True)]
-    )
+            held = torch.tensor([is_held_out(sample) for sample in samples])
     if not bool(held.any()) or bool(held.all()):
         raise DataError(f"`{source.name}` has too few pictures to hold some out. Give more.")
     listed = sorted({name for some in names.values() for name in some})
@@ -99,6 +96,12 @@ def fit_to_source(
         judged_split: _accuracy(scorer, features[judged_split], own, embeddings),
     }
     return FittedScorer(scorer, accuracy, len(listed), int((~held).sum()))
+
+
+def is_held_out(sample: Sample) -> bool:
+    """Whether `fit_to_source` keeps a picture of the training split out of the fit."""
+    artist = str(sample.record.meta.get("artist"))
+    return held_out_pair(name_of_sample(sample), artist, HELD_OUT_SHARE)
 
 
 def _first(source: Source, split: str, limit: int | None) -> list[Sample]:

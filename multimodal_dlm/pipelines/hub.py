@@ -14,11 +14,15 @@ from typing import Any, TypeVar
 from huggingface_hub import CommitOperationAdd, HfApi, snapshot_download
 
 from multimodal_dlm.errors import CheckpointError, ConfigError, unknown_name
-from multimodal_dlm.pipelines.manifest import verify_manifest, write_manifest
+from multimodal_dlm.pipelines.manifest import (
+    SHARED_PATTERNS,
+    shared_files,
+    verify_manifest,
+    write_manifest,
+)
 from multimodal_dlm.pipelines.model_card import CardInfo, render_card
 
 INDEX_NAME = "model_index.json"
-DOWNLOAD_PATTERNS = ("*.json", "*.safetensors", "*.txt", "*.jinja", "*.md", "SHA256SUMS")
 COMPONENTS = ("transformer", "scheduler", "tokenizer", "image_tokenizer")
 HUB_OPTIONS = ("revision", "token", "cache_dir", "force_download", "local_files_only")
 _LOAD_OPTIONS = ("dtype", "torch_dtype", "device_map", "max_memory", "variant", "low_cpu_mem_usage")
@@ -84,7 +88,8 @@ class SharingMixin:
             safe_serialization: True; pickles are never written.
             variant: Part of the weight file names, such as `bf16`.
             max_shard_size: Largest weight file, such as `5GB`.
-            push_to_hub: Also upload to `repo_id` (by default the folder's name).
+            push_to_hub: Also upload to `repo_id` (by default the folder's name): what
+                `multimodal_dlm.pipelines.manifest.SHARED_PATTERNS` name, nothing hidden.
             card: What the card says beyond the components; None keeps what was loaded.
             kwargs: `repo_id`, `commit_message`, `private`, `token`, `create_pr` for the upload.
 
@@ -169,16 +174,15 @@ def upload(
     create_pr: bool = False,
     subfolder: str | None = None,
 ) -> str:
-    """Upload a saved folder in one commit, all or nothing, and return the commit's address."""
+    """Upload the shared files of a folder in one commit, all or nothing; the commit's address."""
     api = HfApi(token=token)
     repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
-    files = sorted(path for path in folder.rglob("*") if path.is_file())
     inside = PurePosixPath(subfolder or "")
     commit = api.create_commit(
         repo_id,
         [
-            CommitOperationAdd((inside / path.relative_to(folder).as_posix()).as_posix(), path)
-            for path in files
+            CommitOperationAdd((inside / name).as_posix(), path)
+            for name, path in shared_files(folder).items()
         ],
         commit_message=commit_message or "Upload pipeline",
         create_pr=create_pr,
@@ -188,8 +192,11 @@ def upload(
 
 def forget_origin(folder: Path) -> None:
     """Remove from saved configs where on this machine the components were loaded from."""
-    for path in (*folder.glob("*.json"), *folder.glob("*/*config.json")):
+    configs = [path for name in COMPONENTS for path in (folder / name).glob("*config.json")]
+    for path in (folder / INDEX_NAME, *configs):
         values = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(values, dict):
+            continue
         kept = {name: value for name, value in values.items() if name not in _ORIGIN}
         if len(kept) < len(values):
             text = json.dumps(kept, indent=2, sort_keys=True, ensure_ascii=False)
@@ -222,7 +229,7 @@ def fetch_folder(name: str | Path, **hub_options: Any) -> Path:
             )
     else:
         folder = Path(
-            snapshot_download(str(name), allow_patterns=list(DOWNLOAD_PATTERNS), **hub_options)
+            snapshot_download(str(name), allow_patterns=list(SHARED_PATTERNS), **hub_options)
         )
     if not (folder / INDEX_NAME).is_file():
         raise CheckpointError(

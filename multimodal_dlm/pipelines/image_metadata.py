@@ -84,6 +84,6 @@ def read_recipe(path: str | Path) -> dict[str, Any]:
         raise DataError(f"`{path}` carries no recipe. Save pictures with `save_image`.")
     try:
         recipe = json.loads(text)
-    except json.JSONDecodeError as error:
+    except (ValueError, RecursionError) as error:
         raise DataError(f"The recipe of `{path}` is damaged: {error}.") from error
     return recipe

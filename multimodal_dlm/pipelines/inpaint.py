@@ -57,8 +57,9 @@ class UnifiedInpaintPipeline(UnifiedPipeline):
         Args:
             prompt: What the whole picture shows, one for all pictures or one each.
             image: Picture or pictures, see `pixels.to_pixels`.
-            mask_image: White where new content goes, one for all pictures or one each. A token is
-                written when any of its pixels is masked.
+            mask_image: White where new content goes, one for all pictures or one each, over the
+                picture as it is shown: turned as its EXIF says. A token is written when any of its
+                pixels is masked.
             negative_prompt: What to move away from, one for all pictures or one each.
             num_inference_steps: Steps; more than masked tokens change nothing.
             guidance_scale: g in u + g (c - u); 1.0 is off and costs no second forward.

@@ -6,17 +6,22 @@ The manifest is a `SHA256SUMS` file in the format of the command `sha256sum`, so
 
 import hashlib
 from collections.abc import Collection
-from pathlib import Path
+from fnmatch import fnmatch
+from pathlib import Path, PurePosixPath
+from weakref import WeakKeyDictionary
 
 from torch import nn
 
 from multimodal_dlm.errors import CheckpointError
 
 MANIFEST_NAME = "SHA256SUMS"
+# What is listed, uploaded and downloaded; the rest of a folder is its owner's.
+SHARED_PATTERNS = ("*.json", "*.safetensors", "*.txt", "*.model", "*.jinja", "*.md", MANIFEST_NAME)
 _CHUNK = 1 << 20
+# State of a module's tensors, and the fingerprint they had in it.
+_FINGERPRINTS: WeakKeyDictionary[nn.Module, tuple[tuple, str]] = WeakKeyDictionary()
 # The model card is prose that its owner may edit; the rest is written by the Hub.
 _UNLISTED = {MANIFEST_NAME, "README.md", ".gitattributes", ".gitignore"}
-_LOADED_SUFFIXES = (".json", ".safetensors", ".txt", ".model", ".jinja")
 
 
 def hash_files(folder: str | Path) -> dict[str, str]:
@@ -26,9 +31,28 @@ def hash_files(folder: str | Path) -> dict[str, str]:
     return {path.relative_to(root).as_posix(): _hash(path) for path in files}
 
 
+def is_shared(name: str) -> bool:
+    """True for the relative path of a file that is shared: of a known kind, and nothing hidden."""
+    is_hidden = any(part.startswith(".") for part in PurePosixPath(name).parts)
+    return not is_hidden and any(fnmatch(name, pattern) for pattern in SHARED_PATTERNS)
+
+
+def shared_files(folder: str | Path) -> dict[str, Path]:
+    """The files of a folder that are shared, by relative path, sorted."""
+    root = Path(folder)
+    files = {path.relative_to(root).as_posix(): path for path in sorted(root.rglob("*"))}
+    return {name: path for name, path in files.items() if is_shared(name) and path.is_file()}
+
+
+def hash_shared(folder: str | Path) -> dict[str, str]:
+    """SHA-256 of every shared file but the card, by relative path: what a manifest lists."""
+    files = shared_files(folder)
+    return {name: _hash(path) for name, path in files.items() if path.name not in _UNLISTED}
+
+
 def write_manifest(folder: str | Path) -> dict[str, str]:
     """Write `SHA256SUMS` and return the hashes."""
-    hashes = hash_files(folder)
+    hashes = hash_shared(folder)
     text = "".join(f"{digest}  {name}\n" for name, digest in hashes.items())
     (Path(folder) / MANIFEST_NAME).write_text(text, encoding="utf-8")
     return hashes
@@ -87,7 +111,7 @@ def verify_manifest(folder: str | Path, *, but: Collection[str] = ()) -> bool:
                 " pipeline anew if you changed it on purpose."
             )
     for name in found:
-        if name not in expected and name.endswith(_LOADED_SUFFIXES):
+        if name not in expected and is_shared(name) and not name.endswith(".md"):
             raise CheckpointError(
                 f"`{folder}` holds `{name}`, which its {MANIFEST_NAME} does not list. Remove it, or"
                 " save the pipeline anew."
@@ -105,6 +129,16 @@ def weights_fingerprint(module: nn.Module) -> str:
         digest.update(name.encode())
         digest.update(tensor.detach().float().cpu().contiguous().numpy().tobytes())
     return digest.hexdigest()
+
+
+def remembered_fingerprint(module: nn.Module) -> str:
+    """`weights_fingerprint`, computed again only where a tensor has another address or version."""
+    tensors = module.state_dict(keep_vars=True).values()
+    state = tuple((each.data_ptr(), each.dtype, each._version) for each in tensors)
+    known = _FINGERPRINTS.get(module)
+    if known is None or known[0] != state:
+        known = _FINGERPRINTS[module] = (state, weights_fingerprint(module))
+    return known[1]
 
 
 def _is_listed(path: Path, root: Path) -> bool:

@@ -22,7 +22,7 @@ from multimodal_dlm.pipelines.denoising import DenoisingOutput, denoise
 from multimodal_dlm.pipelines.guidance import Branch, BranchBuilder, conditional_only
 from multimodal_dlm.pipelines.hub import SharingMixin
 from multimodal_dlm.pipelines.image_metadata import attach_recipe
-from multimodal_dlm.pipelines.manifest import weights_fingerprint
+from multimodal_dlm.pipelines.manifest import remembered_fingerprint
 from multimodal_dlm.pipelines.outputs import UnifiedTextOutput
 from multimodal_dlm.pipelines.pixels import from_pixels, to_pixels
 from multimodal_dlm.pipelines.scoring import ScoringMixin
@@ -80,7 +80,6 @@ class UnifiedPipeline(ScoringMixin, SharingMixin, DiffusionPipeline):
         self._current_timestep: float | None = None
         self._interrupt = False
         self._guidance_scale = 1.0
-        self._fingerprint: tuple[int, str] | None = None
 
     @classmethod
     def from_pipe(cls: type[Pipeline], pipeline: DiffusionPipeline, **components: Any) -> Pipeline:
@@ -218,10 +217,11 @@ class UnifiedPipeline(ScoringMixin, SharingMixin, DiffusionPipeline):
             raise ConfigError(f"Give either `image` or `codes`; got {got}.")
         if codes is None:
             return self._encode_pixels(to_pixels(image, self.image_size))
-        if not isinstance(codes, (tuple, list)):
+        if not isinstance(codes, (tuple, list)) or not codes:
+            got = "none" if isinstance(codes, (tuple, list)) else type(codes).__name__
             raise ConfigError(
                 "`codes` must be a tuple of (batch, h, w) tensors, one per level; got"
-                f" {type(codes).__name__}. Use `(codes,)` for a single level."
+                f" {got}. Use `(codes,)` for a single level."
             )
         return tuple(codes)
 
@@ -274,11 +274,13 @@ class UnifiedPipeline(ScoringMixin, SharingMixin, DiffusionPipeline):
 
     @property
     def model_fingerprint(self) -> str:
-        """SHA-256 of the backbone's weights, computed once and again when they change."""
-        version = sum(parameter._version for parameter in self.transformer.parameters())
-        if self._fingerprint is None or self._fingerprint[0] != version:
-            self._fingerprint = (version, weights_fingerprint(self.transformer))
-        return self._fingerprint[1]
+        """SHA-256 of the backbone's weights, computed once and again when they change.
+
+        A change is another backbone, or a tensor of it moved, cast, exchanged or written in place.
+        Not noticed are writes through what hides them from torch: in place into `.data`, or into
+        NumPy arrays and other memory that a tensor shares.
+        """
+        return remembered_fingerprint(self.transformer)
 
     def _recipes(
         self, row_seeds: Sequence[int], shared: Mapping[str, Any], **by_row: Sequence[Any]

@@ -1,5 +1,6 @@
 """Pictures and masks in whatever form a user has them <-> tensors in [0, 1]."""
 
+import struct
 from collections.abc import Sequence
 from typing import Any
 
@@ -7,12 +8,13 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float
-from PIL import Image
+from PIL import Image, ImageOps
 from torch import Tensor
 
 from multimodal_dlm.errors import ConfigError, unknown_name
-from multimodal_dlm.intake import MAX_IMAGE_PIXELS, over_white
+from multimodal_dlm.intake import IMAGE_MODES, MAX_IMAGE_PIXELS, over_white
 
+PIL_MODES = (*IMAGE_MODES, "CMYK", "YCbCr", "HSV")  # 8 bits a channel: converting keeps them.
 IMAGE_OUTPUT_TYPES = ("pil", "np", "pt", "codes")
 PictureLike = Image.Image | np.ndarray | Tensor
 
@@ -25,12 +27,13 @@ def to_pixels(
     Args:
         image: PIL image, array (height, width, 3) or (batch, height, width, 3), tensor (3, height,
             width) or (batch, 3, height, width), or a list of pictures. Integers are 0..255, floats
-            are in [0, 1]. Transparency is laid over white.
+            are in [0, 1]. Transparency is laid over white; a PIL image is turned as its EXIF says.
         size: Side of the square in pixels; other sizes are resized, proportions not kept.
 
     Raises:
         ConfigError: When there is no picture, its type, shape or range is another, or a PIL image
-            has more than `multimodal_dlm.intake.MAX_IMAGE_PIXELS` pixels.
+            has more than `multimodal_dlm.intake.MAX_IMAGE_PIXELS` pixels or a mode outside
+            `PIL_MODES`, such as `I;16` or `F`.
     """
     parts = [_resize(_picture(each, "image", 3), size) for each in _listed(image, "image")]
     return torch.cat(parts).clamp(0, 1)
@@ -107,13 +110,27 @@ def _picture(image: Any, name: str, channels: int) -> Float[Tensor, "batch chann
 
 
 def _decoded(image: Image.Image, name: str, channels: int) -> np.ndarray:
-    """Bytes of a PIL image, which may still be an unread file: its size is checked before."""
+    """Bytes of a PIL image, which may still be an unread file: its header is checked before."""
     if image.width * image.height > MAX_IMAGE_PIXELS:
         raise ConfigError(
             f"`{name}` must have at most {MAX_IMAGE_PIXELS} pixels; got {image.width} x"
             f" {image.height}. Scale it down first."
         )
-    return np.array(over_white(image) if channels == 3 else image.convert("L"))
+    if image.mode not in PIL_MODES:
+        raise ConfigError(
+            f"`{name}` must have one of the modes {', '.join(PIL_MODES)}; got {image.mode}."
+            " Scale its values to 0..255 and convert it to L or RGB first."
+        )
+    upright = _upright(image)
+    return np.array(over_white(upright) if channels == 3 else upright.convert("L"))
+
+
+def _upright(image: Image.Image) -> Image.Image:
+    """The picture turned as its EXIF says; as it is where that cannot be read."""
+    try:
+        return ImageOps.exif_transpose(image)
+    except (SyntaxError, struct.error):
+        return image
 
 
 def _to_unit_range(tensor: Tensor, name: str) -> Tensor:

@@ -38,7 +38,8 @@ def draw_row_seeds(generator: Generators, batch_size: int) -> list[int]:
         batch_size: Rows.
 
     Raises:
-        ConfigError: When a list has not one entry per row, or an entry is no generator.
+        ConfigError: When it is neither, a list has not one entry per row, or an entry is no
+            generator.
     """
     if generator is None:
         generator = torch.Generator()
@@ -46,6 +47,11 @@ def draw_row_seeds(generator: Generators, batch_size: int) -> list[int]:
     given = generator.seeds if isinstance(generator, RowSeeds) else generator
     if isinstance(given, torch.Generator):
         given = [given] * batch_size
+    if not isinstance(given, Sequence):
+        raise ConfigError(
+            f"`generator` must be one `torch.Generator` or a list of one per row; got {given!r}."
+            " Use torch.Generator().manual_seed(0)."
+        )
     if len(given) != batch_size:
         raise ConfigError(
             "`generator` must be one `torch.Generator` or a list of one per row; got a list of"

@@ -24,10 +24,10 @@ from multimodal_dlm.schedulers import ConfidenceScheduler
 from multimodal_dlm.tokenizers.image import ImageTokenizer
 from multimodal_dlm.tokenizers.text import load_text_tokenizer, text_fingerprint
 from multimodal_dlm.training.batches import BatchSource, CanvasBatches, PixelBatches
-from multimodal_dlm.training.config import TrainConfig
+from multimodal_dlm.training.config import ModelConfig, TrainConfig, plain
 from multimodal_dlm.training.initialisation import start_from_features
 from multimodal_dlm.training.lora import add_lora, has_lora, merged_copy, save_lora
-from multimodal_dlm.training.objectives import build_objective
+from multimodal_dlm.training.objectives import OBJECTIVES, build_objective
 from multimodal_dlm.training.objectives.base import Objective
 from multimodal_dlm.training.randomness import EVALUATION_SEED
 from multimodal_dlm.training.tokenized_data import (
@@ -104,7 +104,11 @@ def build_job(
         world_size: All processes.
         device: Where pictures are encoded; None for the CPU.
         is_dry_run: Do not tokenize raw shards.
+
+    Raises:
+        ConfigError: When the parts do not fit each other.
     """
+    _check_parts(config)
     manifest = open_manifest(config.data.manifest, config.data.data_root)
     portion = Portion(
         config.data.split,
@@ -119,6 +123,23 @@ def build_job(
     if config.model.component == "image_tokenizer":
         return _image_tokenizer_job(config, manifest, portion, held_out, objective)
     return _transformer_job(config, manifest, portion, held_out, objective, device, is_dry_run)
+
+
+def _check_parts(config: TrainConfig) -> None:
+    """Refuse an objective or a setting that the component has no use for."""
+    component, name = config.model.component, config.objective.name
+    if name in OBJECTIVES and OBJECTIVES[name].component != component:
+        fitting = [f"`{key}`" for key, kind in OBJECTIVES.items() if kind.component == component]
+        raise ConfigError(
+            f"`objective.name` must fit `model.component` `{component}`; got `{name}`. Use"
+            f" {' or '.join(fitting)}."
+        )
+    for setting in ("gradient_checkpointing", "compile_blocks"):
+        if getattr(config, setting) and component != "transformer":
+            raise ConfigError(
+                f"`{setting}` needs the repeated blocks of `model.component` `transformer`; got"
+                f" `{component}`. Leave it out."
+            )
 
 
 def _held_out(config: TrainConfig, rank: int, world_size: int) -> Portion | None:
@@ -253,6 +274,7 @@ def _build_transformer(
                 f"`model.init_from` must have been trained with the run's tokenizers; `{folder}`"
                 " has another vocabulary. Set `tokenizers` to those saved with it."
             )
+        _check_start(config.model, model.config, model.layout)
         return model.float()
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
@@ -263,6 +285,46 @@ def _build_transformer(
             )
         except TypeError as error:
             raise ConfigError(f"`model.options`: {error}.") from error
+
+
+def _check_start(
+    model: ModelConfig, found: Mapping[str, Any], layout: Mapping[str, Any] | None
+) -> None:
+    """Refuse options that differ from a loaded component's: they would be ignored.
+
+    Args:
+        model: What the run asks for; defaults ask for nothing.
+        found: Config of the component in `init_from`.
+        layout: Its layout, if it has one.
+    """
+    default = ModelConfig()
+    asked = [(f"options.{name}", value, found.get(name)) for name, value in model.options.items()]
+    if model.preset != default.preset:
+        sizes = get_preset(model.preset).items()
+        asked += [
+            (f"preset` (`{name}`) of `{model.preset}", value, found.get(name))
+            for name, value in sizes
+            if name not in model.options
+        ]
+    if layout is not None:
+        own = {
+            "max_text": layout["max_window"]["text"],
+            "unconditional_text": layout["unconditional_window"]["text"],
+            "condition_attention": layout["condition_attention"],
+            "block_lengths": layout.get("block_lengths", {}).get("text", []),
+        }
+        asked += [
+            (name, getattr(model, name), value)
+            for name, value in own.items()
+            if getattr(model, name) != getattr(default, name)
+        ]
+    for name, value, has in asked:
+        if plain(value) != plain(has):
+            raise ConfigError(
+                f"`model.{name}` must be that of the component in `model.init_from`; got"
+                f" {plain(value)} and {plain(has)} in `{model.init_from}`. Leave it out, or train"
+                " new weights without `init_from`."
+            )
 
 
 def _image_tokenizer_job(
@@ -280,6 +342,7 @@ def _image_tokenizer_job(
             )
     if config.model.init_from is not None:
         model = ImageTokenizer.from_pretrained(_folder("model.init_from", config.model.init_from))
+        _check_start(config.model, model.config, None)
     else:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(config.seed)

@@ -22,6 +22,7 @@ class ModelConfig:
         preset: Named size of the backbone, see `multimodal_dlm.models.presets`.
         options: Constructor arguments that override the preset, or the whole image tokenizer.
         init_from: Folder of a saved component (or pipeline) to start from; None for new weights.
+            Other options than the defaults must then be those of what is loaded.
         max_text: Longest text window in tokens, `<eos>` included.
         unconditional_text: Masks that stand for "no caption".
         condition_attention: `prefix` (the condition never sees what is generated), `full`, or
@@ -121,7 +122,7 @@ class OptimizerConfig:
         betas: Decay of the two moments.
         eps: Added to the denominator.
         weight_decay: On matrices only: no norm, bias or modulation table is decayed.
-        max_grad_norm: Gradients are scaled down to this global norm.
+        max_grad_norm: Gradients are scaled down to this global norm; .inf for no clipping.
     """
 
     lr: float = 1e-3
@@ -316,11 +317,24 @@ class TrainConfig:
             raise ConfigError(f"`ema_decay` must lie in [0, 1); got {self.ema_decay}. Use 0.999.")
         if self.optimizer.lr <= 0:
             raise ConfigError(f"`optimizer.lr` must be positive; got {self.optimizer.lr}.")
+        _check_optimizer(self.optimizer)
+        _at_least("lr_schedule.num_warmup_steps", self.lr_schedule.num_warmup_steps, 0)
+        _share("lr_schedule.final_share", self.lr_schedule.final_share, "Use 0.02.")
+        share = self.stability.max_skipped_share
+        _share("stability.max_skipped_share", share, "Use 0.1.")
+        if not self.stability.spike_deviations >= 0:
+            raise ConfigError(
+                "`stability.spike_deviations` must not be negative; got"
+                f" {self.stability.spike_deviations}. Use 0 for none."
+            )
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON and YAML values."""
-        return _plain(dataclasses.asdict(self))
+        return plain(dataclasses.asdict(self))
 
+
+# Fields that set the order of the data: no run that goes on may change them.
+FIXED_FIELDS = ("data.batch_size", "data.split", "seed")
 
 # Fields that may change between a checkpoint and the run that continues it.
 RESUMABLE_CHANGES = (
@@ -405,10 +419,35 @@ def _at_least(name: str, value: int, minimum: int) -> None:
         raise ConfigError(f"`{name}` must be at least {minimum}; got {value}.")
 
 
-def _plain(value: Any) -> Any:
+def _share(name: str, value: float, remedy: str) -> None:
+    if not 0.0 <= value <= 1.0:
+        raise ConfigError(f"`{name}` must lie in [0, 1]; got {value}. {remedy}")
+
+
+def _check_optimizer(config: OptimizerConfig) -> None:
+    """Refuse what would stop, reverse or blow up the steps without a word."""
+    if not all(0.0 <= beta < 1.0 for beta in config.betas):
+        raise ConfigError(
+            f"`optimizer.betas` must lie in [0, 1); got {config.betas}. Use [0.9, 0.98]."
+        )
+    if not config.eps > 0:
+        raise ConfigError(f"`optimizer.eps` must be positive; got {config.eps}. Use 1e-8.")
+    if not config.weight_decay >= 0:
+        raise ConfigError(
+            f"`optimizer.weight_decay` must not be negative; got {config.weight_decay}. Use 0 for"
+            " none."
+        )
+    if not config.max_grad_norm > 0:
+        raise ConfigError(
+            f"`optimizer.max_grad_norm` must be positive; got {config.max_grad_norm}. Write .inf to"
+            " switch clipping off."
+        )
+
+
+def plain(value: Any) -> Any:
     """Tuples become lists, as JSON and YAML would have them."""
     if isinstance(value, Mapping):
-        return {key: _plain(part) for key, part in value.items()}
+        return {key: plain(part) for key, part in value.items()}
     if isinstance(value, list | tuple):
-        return [_plain(part) for part in value]
+        return [plain(part) for part in value]
     return value

@@ -86,13 +86,14 @@ class EvaluationLoop:
         levels = self.objective.grid(plan.contexts, self.config.evaluation.num_levels)
         for level, contexts in enumerate(levels):
             total = torch.zeros((), dtype=torch.float64, device=device)
-            for batch, context in zip(batches, contexts, strict=True):
+            parts = zip(batches, contexts, plan.loss_scales, strict=True)
+            for batch, context, scale in parts:
                 generators = [row_generator(EVALUATION_SEED, level, row) for row in batch.rows]
                 with autocast(device, self.config.mixed_precision):
                     output = self.objective(
                         self.view, batch.inputs, generator=generators, **context
                     )
-                total += output.loss.double() * plan.loss_scale
+                total += output.loss.double() * scale
                 meter.add(output.terms)
             meter.add({"loss": Term(total, torch.ones(()))})
         return meter

@@ -51,9 +51,10 @@ def open_accelerator(config: TrainConfig, environment: Environment = os.environ)
 
 
 def run_device(environment: Environment = os.environ) -> torch.device:
-    """Kind of device that a run of this machine trains on."""
+    """Kind of device that a run of this machine trains on; never MPS, which has no float64."""
     is_cpu = _is_set(environment, "ACCELERATE_USE_CPU") or not torch.accelerator.is_available()
-    return (None if is_cpu else torch.accelerator.current_accelerator()) or torch.device("cpu")
+    found = None if is_cpu else torch.accelerator.current_accelerator()
+    return torch.device("cpu") if found is None or found.type == "mps" else found
 
 
 def run_precision(config: TrainConfig, device: torch.device) -> Precision:

@@ -16,6 +16,8 @@ from torch.optim import Optimizer
 
 _OPTIONS = StateDictOptions(full_state_dict=True, cpu_offload=True)
 _SEPARATOR = "//"
+# What a config sets in every group; the learning rate is set anew in each step.
+_SETTINGS = ("betas", "eps", "weight_decay")
 
 
 def model_tensors(model: nn.Module) -> dict[str, Tensor]:
@@ -56,7 +58,9 @@ def restore_optimizer(
     tensors: Mapping[str, Tensor],
     groups: list[dict[str, Any]],
 ) -> None:
-    """Load what `optimizer_tensors` gave."""
+    """Load what `optimizer_tensors` gave; betas, eps and weight decay stay the optimizer's own."""
+    groups_now = optimizer.param_groups
+    own = [{name: group[name] for name in _SETTINGS if name in group} for group in groups_now]
     state: dict[str, Any] = {}
     for name, tensor in tensors.items():
         parameter, entry = name.split(_SEPARATOR)
@@ -68,9 +72,8 @@ def restore_optimizer(
         whole,
         options=StateDictOptions(full_state_dict=True),
     )
-    for group in optimizer.param_groups:
-        if isinstance(group.get("betas"), list):
-            group["betas"] = tuple(group["betas"])
+    for group, settings in zip(optimizer.param_groups, own, strict=True):
+        group.update(settings)
 
 
 def _owned(tensor: Tensor) -> Tensor:

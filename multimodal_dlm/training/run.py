@@ -13,7 +13,6 @@ from multimodal_dlm.training.checkpoint import best_checkpoint, load_checkpoint
 from multimodal_dlm.training.components import Job, build_job
 from multimodal_dlm.training.config import TrainConfig
 from multimodal_dlm.training.launching import open_accelerator, run_device, run_precision
-from multimodal_dlm.training.run_folder import write_run_folder
 from multimodal_dlm.training.trainer import Trainer
 
 logger = logging.getLogger(__name__)
@@ -70,8 +69,6 @@ def train(config: TrainConfig, *, callbacks: Sequence[Callback] = ()) -> dict[st
                 device=accelerator.device,
             )
         trainer = Trainer(job, config, accelerator, callbacks=callbacks)
-        if accelerator.is_main_process:
-            write_run_folder(trainer.config, job.manifest, num_processes=accelerator.num_processes)
         accelerator.init_trackers("tensorboard")
         result = trainer.fit()
         if result["is_finished"]:
@@ -116,7 +113,8 @@ def _export(config: TrainConfig, job: Job, trainer: Trainer) -> Path:
             checkpoint = load_checkpoint(best)
             model.load_state_dict(checkpoint.tensors["model"])
             if ema is not None:
-                ema.weights = dict(checkpoint.tensors["ema"])
+                # A run that began without averages may have its best step there.
+                ema.weights = dict(checkpoint.tensors.get("ema", checkpoint.tensors["model"]))
             logger.info("The best step is %d.", checkpoint.step)
         with ema.applied(model) if config.export.use_ema and ema else nullcontext():
             job.export(model, folder)

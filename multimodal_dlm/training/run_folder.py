@@ -14,7 +14,7 @@ ENVIRONMENT_FILE = "environment.json"
 
 
 def write_run_folder(config: TrainConfig, manifest: Manifest, *, num_processes: int) -> None:
-    """Write `config.yaml` and `environment.json`.
+    """Write `config.yaml` and `environment.json`, each whole or not at all.
 
     Args:
         config: Resolved config.
@@ -23,10 +23,17 @@ def write_run_folder(config: TrainConfig, manifest: Manifest, *, num_processes: 
     """
     folder = Path(config.output_dir)
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / CONFIG_FILE).write_text(yaml.safe_dump(config.to_dict(), sort_keys=False))
+    _write(folder / CONFIG_FILE, yaml.safe_dump(config.to_dict(), sort_keys=False))
     values = environment() | {
         "num_processes": num_processes,
         "seed": config.seed,
         "manifest": {"name": manifest.name, "fingerprint": manifest.fingerprint},
     }
-    (folder / ENVIRONMENT_FILE).write_text(json.dumps(values, indent=2))
+    _write(folder / ENVIRONMENT_FILE, json.dumps(values, indent=2))
+
+
+def _write(path: Path, text: str) -> None:
+    """Write a file aside, then rename it."""
+    aside = path.with_name(f".{path.name}.part")
+    aside.write_text(text)
+    aside.replace(path)

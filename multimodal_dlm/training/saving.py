@@ -12,7 +12,7 @@ from accelerate.utils import gather_object
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from multimodal_dlm.errors import CheckpointError
+from multimodal_dlm.errors import CheckpointError, ConfigError
 from multimodal_dlm.training.checkpoint import (
     Checkpoint,
     latest_checkpoint,
@@ -21,7 +21,12 @@ from multimodal_dlm.training.checkpoint import (
     save_checkpoint,
 )
 from multimodal_dlm.training.components import Job
-from multimodal_dlm.training.config import TrainConfig, config_changes, with_defaults
+from multimodal_dlm.training.config import (
+    FIXED_FIELDS,
+    TrainConfig,
+    config_changes,
+    with_defaults,
+)
 from multimodal_dlm.training.ema import ExponentialMovingAverage
 from multimodal_dlm.training.optimizer_state import (
     model_tensors,
@@ -127,9 +132,15 @@ class RunKeeper:
 
         A new run seeds the default generators: what ran before it in the process, such as encoding
         pictures for an empty cache, must not show in its random states.
+
+        Raises:
+            CheckpointError: When the checkpoint is of another config or of other data, or the
+                processes find different ones.
+            ConfigError: When it is beyond the last step.
         """
         self.accelerator.wait_for_everyone()
         path = latest_checkpoint(self.folder)
+        self._check_agrees(path)
         if path is None:
             torch.manual_seed(self.config.seed + self.accelerator.process_index)
             return 0
@@ -141,7 +152,9 @@ class RunKeeper:
             self.wrapper, self.optimizer, checkpoint.tensors["optimizer"], state["optimizer_groups"]
         )
         if self.ema is not None:
-            self.ema.load(checkpoint.tensors["ema"], state["ema_updates"])
+            # A run that had none before starts to average from the weights it goes on with.
+            averages = checkpoint.tensors.get("ema", checkpoint.tensors["model"])
+            self.ema.load(averages, state["ema_updates"])
         rank = f"{self.accelerator.process_index}."
         _set_rng_state(
             {
@@ -159,14 +172,34 @@ class RunKeeper:
         logger.info("Resumed from %s.", path)
         return self.job.source.restore(dict(state["loader"]))
 
+    def _check_agrees(self, path: Path | None) -> None:
+        """Refuse processes that would go on from different steps."""
+        found = gather_object([path.name if path else "none"])
+        if len(set(found)) > 1:
+            raise CheckpointError(
+                f"Every process must find the same newest checkpoint in `{self.folder}`; they found"
+                f" {', '.join(found)}. Put `output_dir` where all processes read and write."
+            )
+
     def _check_continues(self, path: Path, state: Mapping[str, Any]) -> None:
-        """Refuse a checkpoint of another config or of other data."""
+        """Refuse a checkpoint of another config or of other data, or beyond the last step."""
+        if state["step"] > self.config.num_train_steps:
+            raise ConfigError(
+                f"`num_train_steps` must be at least the step of `{path}`; got"
+                f" {self.config.num_train_steps}. Raise it, or give another `output_dir`."
+            )
         changes = config_changes(with_defaults(state["config"]), self.config.to_dict())
         listed = "; ".join(f"`{name}` {old} -> {new}" for name, (old, new) in changes.items())
-        if changes and not self.config.allow_changes:
+        is_fixed = any(name in FIXED_FIELDS for name in changes)
+        if changes and (is_fixed or not self.config.allow_changes):
+            remedy = (
+                f"Undo the change (`allow_changes` is not for {', '.join(FIXED_FIELDS)}) or give"
+                " another `output_dir`."
+                if is_fixed
+                else "Undo the change, give another `output_dir`, or set `allow_changes`."
+            )
             raise CheckpointError(
-                f"`{path}` was written by a run with another config ({listed}). Undo the change,"
-                " give another `output_dir`, or set `allow_changes`."
+                f"`{path}` was written by a run with another config ({listed}). {remedy}"
             )
         if changes:
             logger.warning("Going on with another config: %s.", listed)

@@ -159,12 +159,13 @@ class TrainStep:
             Scaled loss of each micro-batch of this process.
         """
         losses = []
-        for index, (batch, context) in enumerate(zip(batches, plan.contexts, strict=True)):
+        parts = zip(batches, plan.contexts, plan.loss_scales, strict=True)
+        for index, (batch, context, scale) in enumerate(parts):
             is_final = index == len(batches) - 1
             with nullcontext() if is_final else self.parallel.accumulating():
                 output = self._forward(number, batch, context)
-                (output.loss * plan.loss_scale).backward()
-            losses.append(output.loss.detach().float() * plan.loss_scale)
+                (output.loss * scale).backward()
+            losses.append(output.loss.detach().float() * scale)
             terms.add(output.terms)
         return torch.stack(losses)
 
@@ -185,7 +186,7 @@ class TrainStep:
         if not every or (number + 1) % every:
             return meter
         for name, contexts in self.objective.parts(self.view, plan.contexts).items():
-            self._accumulate(number, batches, StepPlan(contexts, plan.loss_scale), TermMeter())
+            self._accumulate(number, batches, StepPlan(contexts, plan.loss_scales), TermMeter())
             meter.add({f"grad_norm/{name}": torch.tensor(self.parallel.clip_gradients(math.inf))})
             self.optimizer.zero_grad(set_to_none=True)
         return meter

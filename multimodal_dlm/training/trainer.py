@@ -31,6 +31,7 @@ from multimodal_dlm.training.launching import (
 from multimodal_dlm.training.ledger import Ledger, ledger_lines
 from multimodal_dlm.training.objectives.base import Batch
 from multimodal_dlm.training.optimizer import build_optimizer
+from multimodal_dlm.training.run_folder import write_run_folder
 from multimodal_dlm.training.saving import RunKeeper
 from multimodal_dlm.training.sharding import spread_model
 from multimodal_dlm.training.stability import StabilityMonitor, check_weights
@@ -137,6 +138,8 @@ class Trainer:
             Step reached, whether it is the last, and the last logged values.
 
         Raises:
+            CheckpointError: When the run in the output folder cannot go on as this one.
+            ConfigError: When it is beyond the last step.
             DivergenceError: When too many steps had no finite loss and gradient.
         """
         if self.accelerator.device.type == "cpu":
@@ -144,6 +147,9 @@ class Trainer:
         self.step = self.keeper.resume()
         first, last = self.step, self.config.num_train_steps
         if self.accelerator.is_main_process:
+            # Not before `resume`: a run that it refuses leaves the record of the one before alone.
+            processes = self.accelerator.num_processes
+            write_run_folder(self.config, self.job.manifest, num_processes=processes)
             self.metrics = MetricsFile(self.output_dir / METRICS, first_step=first)
         clock, is_due = Clock(first, last), False
         values: dict[str, float] = {}

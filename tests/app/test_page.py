@@ -11,7 +11,15 @@ from PIL import Image
 
 from multimodal_dlm import intake
 from multimodal_dlm.app import uploads
-from multimodal_dlm.app.page import BROKEN, _forgiving, _painted, build_page, launch_options, shown
+from multimodal_dlm.app.page import (
+    BROKEN,
+    _editor,
+    _forgiving,
+    _painted,
+    build_page,
+    launch_options,
+    shown,
+)
 from multimodal_dlm.app.rendering import render_empty, render_frame, render_mistake
 from multimodal_dlm.app.tasks import Frame, Studio
 from multimodal_dlm.app.uploads import drawn_mask, open_upload
@@ -91,6 +99,8 @@ def test_the_mask_is_what_was_painted():
     drawing = {"background": Image.new("RGBA", (12, 12), "red"), "layers": [layer]}
     image, mask = _painted(drawing)
     assert image.size == mask.size == (6, 6)
+    drawing = {"background": Image.new("RGBA", (12, 12), (0, 0, 0, 0)), "layers": [layer]}
+    assert _painted(drawing)[0].getextrema() == ((255, 255),) * 3  # Transparency is white.
     for value in (None, {"background": None, "layers": []}, BROKEN):
         with pytest.raises(DataError, match="picture"):
             _painted(value)
@@ -169,3 +179,35 @@ def test_what_gradio_cannot_open_reaches_our_own_reader():
             raise OSError("cannot identify image file /tmp/secret")
 
     assert _forgiving(Component()).preprocess("x") == BROKEN
+
+
+def test_the_editor_lets_in_what_the_other_tabs_do(tmp_path, monkeypatch):
+    gr = pytest.importorskip("gradio", reason="needs the extra `ui`")
+    from gradio.components.image_editor import EditorData, EditorDataBlobs
+    from gradio.data_classes import FileData
+
+    editor = _editor(gr)
+
+    def drawn(background: Path, layer: Path):
+        """The editor's value, by files and by the bytes that a browser sends."""
+        yield editor.preprocess(
+            EditorData(
+                background=FileData(path=str(background)), layers=[FileData(path=str(layer))]
+            )
+        )
+        editor.blob_storage["own"] = EditorDataBlobs(
+            background=background.read_bytes(), layers=[layer.read_bytes()], composite=None
+        )
+        yield editor.preprocess(EditorData(id="own"))
+
+    layer = saved(tmp_path / "layer.png", Image.new("RGBA", (6, 6), "red"))
+    for value in drawn(saved(tmp_path / "a.webp", Image.new("RGB", (6, 6))), layer):
+        assert _painted(value)[0].size == (6, 6)
+    for path in hostile(tmp_path)[:-1]:
+        for value in drawn(path, layer):
+            with pytest.raises(DataError, match="not a readable picture"):
+                _painted(value)
+    monkeypatch.setattr(intake, "MAX_IMAGE_PIXELS", 36)
+    for value in drawn(saved(tmp_path / "large.png", Image.new("RGB", (7, 6))), layer):
+        with pytest.raises(DataError, match="cannot be used: .* at most 36 pixels; got 7 x 6"):
+            _painted(value)

@@ -95,6 +95,19 @@ def test_captions_come_from_a_file_or_from_beside(folder, name, text):
     assert "Licence: CC-BY-4.0" in made.card.read_text()
 
 
+def test_lines_end_at_line_feeds_alone(folder):
+    """JSON strings may hold the line separators of Unicode as they are."""
+    odd = "one\u2028two\u2029three\x85four"
+    row = json.dumps({"file_name": "a.png", "text": odd}, ensure_ascii=False)
+    (folder / "metadata.jsonl").write_bytes(f"{row}\r\n{row}\n".encode())
+    rows, left_out = read_folder(folder)
+    assert [row.captions for row in rows] == [[odd]]
+    assert {refusal.reason for refusal in left_out} == {"text"}
+    (folder / "metadata.jsonl").unlink()
+    (folder / "a.txt").write_bytes(f"{odd}\r\nanother\r\n".encode())
+    assert read_folder(folder)[0][0].captions == [odd, "another"]
+
+
 def test_every_picture_with_questions_makes_the_task(folder):
     rows = [{"file_name": n, "text": "x", "question": "q?", "answer": "a"} for n in MAPPING]
     (folder / "captions.json").write_text(json.dumps(rows))

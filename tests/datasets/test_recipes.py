@@ -264,6 +264,7 @@ def test_easy_vqa_builds_the_same_bytes_twice(tmp_path: Path) -> None:
     pytest.importorskip("easy_vqa")
     limit = {"train": 5, "test": 3}
     one = build("easy_vqa", tmp_path / "1", limit=limit, shard_size=2, show_progress=False)
+    build("easy_vqa", tmp_path / "2", limit=1, show_progress=False)  # Replaced by the next.
     two = build("easy_vqa", tmp_path / "2", limit=limit, shard_size=2, show_progress=False)
     assert one["splits"] == two["splits"]
     assert [row["count"] for row in one["splits"]["train"]] == [2, 2, 1]
@@ -272,6 +273,18 @@ def test_easy_vqa_builds_the_same_bytes_twice(tmp_path: Path) -> None:
     assert seen["samples"] == limit
     with pytest.raises(DataError, match="`limit` must name splits .* got nope"):
         build("easy_vqa", tmp_path, limit={"nope": 1}, show_progress=False)
+
+
+@pytest.mark.parametrize("manifest", [None, "recipe: other", "{recipe: easy_vqa, tokenized: {}}"])
+def test_a_folder_of_others_is_not_replaced(tmp_path: Path, manifest: str | None) -> None:
+    kept = tmp_path / "easy_vqa" / "mine.txt"
+    kept.parent.mkdir()
+    kept.write_text("mine")
+    if manifest is not None:
+        (tmp_path / "easy_vqa.yaml").write_text(manifest)
+    with pytest.raises(DataError, match="another dataset called `easy_vqa`, which is not replaced"):
+        build("easy_vqa", tmp_path, limit=1, show_progress=False)
+    assert kept.read_text() == "mine"
 
 
 # The committed sample.

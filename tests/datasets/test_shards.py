@@ -169,9 +169,27 @@ def test_manifest_mistakes_are_named(tmp_path: Path) -> None:
         ({"weight": 0.5}, "`weight` must be an integer of at least 1; got 0.5"),
         ({"tasks": {"vqa": -1}}, "`tasks.vqa` must be an integer of at least 0; got -1"),
         ({"splitz": {}}, "Unknown entry `splitz`. Did you mean `splits`?"),
+        ({"folder": 3}, "`folder` must lie inside the data root; got `3`"),
+        ({"tasks": ["vqa"]}, r"`tasks` must be a mapping; got \['vqa'\]"),
+        ({"tasks": {"vqaa": 1}}, "`tasks`: Unknown task `vqaa`. Did you mean `vqa`?"),
+        ({"caption_weights": [1]}, r"`caption_weights` must be a mapping; got \[1\]"),
+        ({"caption_weights": {"captions": [1]}}, "Unknown task `captions`. Did you mean `capt"),
+        ({"caption_weights": {"caption": 1}}, "`caption_weights.caption` must be a list .* got 1"),
+        ({"caption_weights": {"caption": [0, 0]}}, r"one of them above 0; got \[0, 0\]"),
+        ({"caption_weights": {"caption": ["a"]}}, r"a list of numbers of at least 0.* got \['a'\]"),
+        ({"splits": {"train": None}}, "`splits.train` must be a list of shards; got None"),
+        ({"splits": {"train": ["x.tar"]}}, r"must be a list of shards; got \['x.tar'\]"),
     ):
         path.write_text(yaml.safe_dump({**content, **change}))
         with pytest.raises(DataError, match=message):
+            open_manifest(path)
+    most = content["splits"]["train"][0]["num_bytes"] // 512
+    for entry, value in (("count", "abc"), ("count", -1), ("count", most + 1), ("count", 10**12),
+                         ("count", True), ("num_bytes", None), ("num_bytes", 1e3)):  # fmt: skip
+        row = {**content["splits"]["train"][0], entry: value}
+        path.write_text(yaml.safe_dump({**content, "splits": {"train": [row]}}))
+        limit = most if entry == "count" else "[0-9]+"
+        with pytest.raises(DataError, match=rf"{entry}` must be an integer in 0\.\.{limit}; got"):
             open_manifest(path)
     with pytest.raises(DataError, match="does not exist"):
         open_manifest(tmp_path / "none.yaml")

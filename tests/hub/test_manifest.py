@@ -30,6 +30,20 @@ def test_untouched_folder_passes(folder):
     assert set(read_manifest(folder)) == {"model_index.json", "part/weights.safetensors"}
 
 
+def test_a_manifest_lists_what_is_shared(folder):
+    for name in ("sample.png", ".env", "run.log", ".git/config.json", "notes.md"):
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_text("[]")
+    assert verify_manifest(folder)
+    write_manifest(folder)
+    assert set(read_manifest(folder)) == {
+        "model_index.json",
+        "notes.md",
+        "part/weights.safetensors",
+    }
+    assert verify_manifest(folder)
+
+
 def test_folder_without_manifest_is_not_an_error(tmp_path):
     assert not verify_manifest(tmp_path)
 

@@ -87,6 +87,20 @@ def test_save_pretrained_can_push(pipe, hub, tmp_path):
     assert set(hub.files) == files_below(folder) == EXPECTED
 
 
+def test_a_folder_with_other_files_is_pushed_without_them_and_loads(pipe, hub, tmp_path):
+    folder = tmp_path / "named"
+    kept = '{"name_or_path": "mine"}'
+    for name in ("sample.png", ".env", ".git/config.json", "train.log", "wandb/config.json"):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text(kept)
+    (folder / "prompts.json").write_text("[1]")
+    pipe.save_pretrained(folder, push_to_hub=True, repo_id="someone/model", token="hf_x")
+    assert set(hub.files) == {*EXPECTED, "prompts.json", "wandb/config.json"}
+    assert (folder / "wandb/config.json").read_text() == kept
+    loaded = load_pipeline("someone/model", cache_dir=tmp_path / "cache")
+    assert torch.equal(draw(loaded), draw(pipe))
+
+
 def test_a_refused_commit_is_an_error_and_leaves_nothing(pipe, hub):
     hub.fails_commit = True
     with pytest.raises(HfHubHTTPError, match="no write access"):

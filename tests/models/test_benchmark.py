@@ -4,7 +4,9 @@ import importlib
 import json
 import runpy
 from pathlib import Path
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 
@@ -152,6 +154,23 @@ def test_quality_of_drawings(report, tmp_path):
     assert again == found
     with pytest.raises(SystemExit, match="holds other pictures"):
         report("text_to_image", *options, "--limit", "5")
+
+
+def test_kept_drawings_are_those_of_the_same_batches(monkeypatch, tmp_path):
+    monkeypatch.syspath_prepend(str(FOLDER))
+    drawing = importlib.import_module("drawing_quality")
+
+    def draw(prompts, generator):
+        return SimpleNamespace(images=[np.full((2, 2, 3), int(prompt)) for prompt in prompts])
+
+    def drawn(batch_size):
+        data = drawing.HeldOut(None, "test", batch_size=batch_size)
+        pictures = drawing.drawn_once(drawing.Drawer(draw, {}), list("01234"), data, tmp_path)
+        return [int(picture[0, 0, 0]) for picture in pictures]
+
+    assert drawn(4) == drawn(4) == list(range(5))
+    with pytest.raises(SystemExit, match="holds other pictures"):
+        drawn(2)
 
 
 @pytest.mark.slow

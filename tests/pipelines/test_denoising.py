@@ -17,7 +17,7 @@ from multimodal_dlm.pipelines.guidance import (
     conditional_only,
 )
 from multimodal_dlm.pipelines.noise_groups import noise_groups, stage_steps
-from multimodal_dlm.pipelines.randomness import draw_row_seeds, group_generators
+from multimodal_dlm.pipelines.randomness import RowSeeds, draw_row_seeds, group_generators
 from multimodal_dlm.schedulers import ConfidenceScheduler
 
 
@@ -505,6 +505,9 @@ def test_row_seeds_come_by_one_draw_each():
     first, second = draw_row_seeds(lists, 2)
     assert first == second
     assert len(set(draw_row_seeds(None, 4))) == 4
+    for wrong in (0, RowSeeds(0)):
+        with pytest.raises(ConfigError, match=r"one per row; got 0. Use torch.Generator"):
+            draw_row_seeds(wrong, 2)
 
 
 def test_generators_of_groups_differ():

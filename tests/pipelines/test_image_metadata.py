@@ -1,19 +1,23 @@
 """Pictures carry their recipe, and the recipe makes the same picture again."""
 
+import copy
 import json
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 
 from multimodal_dlm.errors import ConfigError, DataError
 from multimodal_dlm.pipelines import (
     RowSeeds,
     UnifiedTextToImagePipeline,
+    manifest,
     read_recipe,
     save_image,
 )
+from multimodal_dlm.pipelines.image_metadata import RECIPE_KEY
 from tests.pipelines.tiny import seeded
 
 
@@ -75,6 +79,15 @@ def test_other_formats_are_refused_with_the_name_to_use(tmp_path):
         read_recipe(tmp_path / "none.png")
 
 
+@pytest.mark.parametrize("text", ["{", "[" * 100_000, "1" * 10_000])
+def test_damaged_recipes_are_refused(text, tmp_path):
+    info = PngInfo()
+    info.add_itxt(RECIPE_KEY, text)
+    Image.new("RGB", (4, 4)).save(tmp_path / "damaged.png", pnginfo=info)
+    with pytest.raises(DataError, match="recipe of .* is damaged"):
+        read_recipe(tmp_path / "damaged.png")
+
+
 def test_fingerprint_follows_the_weights_and_not_their_dtype(make):
     from tests.pipelines.tiny import tiny_components
 
@@ -86,3 +99,22 @@ def test_fingerprint_follows_the_weights_and_not_their_dtype(make):
     with torch.no_grad():
         pipe.transformer.norm.weight.add_(1.0)
     assert pipe.model_fingerprint != low
+
+
+def test_fingerprint_follows_another_backbone_and_exchanged_tensors(monkeypatch):
+    from tests.pipelines.tiny import tiny_components
+
+    pipe = UnifiedTextToImagePipeline(**tiny_components())
+    first, found = pipe.transformer, {pipe.model_fingerprint}
+    pipe.transformer = copy.deepcopy(first)
+    pipe.transformer.norm.weight.data = pipe.transformer.norm.weight.data + 1
+    found.add(pipe.model_fingerprint)
+    pipe.transformer.norm.weight.data = pipe.transformer.norm.weight.data + 1
+    found.add(pipe.model_fingerprint)
+    pipe.transformer.to(torch.bfloat16)
+    found.add(pipe.model_fingerprint)
+    assert len(found) == 4
+    monkeypatch.setattr(manifest, "weights_fingerprint", lambda module: pytest.fail("again"))
+    assert pipe.model_fingerprint in found
+    pipe.transformer = first
+    assert pipe.model_fingerprint in found

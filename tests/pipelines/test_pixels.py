@@ -6,6 +6,7 @@ import torch
 from PIL import Image
 
 from multimodal_dlm.errors import ConfigError
+from multimodal_dlm.intake import read_upright
 from multimodal_dlm.pipelines.pixels import from_pixels, to_mask, to_pixels
 
 
@@ -66,6 +67,28 @@ def test_any_covered_pixel_counts_in_a_smaller_mask():
 def test_what_is_no_picture_is_refused(image, message):
     with pytest.raises(ConfigError, match=message):
         to_pixels(image, 8)
+
+
+@pytest.mark.parametrize("convert", [to_pixels, to_mask])
+@pytest.mark.parametrize("mode", ["I", "F", "I;16", "LAB"])
+def test_modes_of_more_than_8_bits_are_refused(convert, mode):
+    with pytest.raises(ConfigError, match=f"one of the modes 1, L, .*; got {mode}. Scale"):
+        convert(Image.new(mode, (8, 8)), 8)
+
+
+@pytest.mark.parametrize("convert", [to_pixels, to_mask])
+def test_pil_images_are_turned_as_their_exif_says(convert, tmp_path):
+    image = Image.new("L", (8, 8))
+    image.paste(255, (0, 0, 8, 4))  # Bright above; a quarter turn makes it bright at the right.
+    exif = Image.Exif()
+    exif[274] = 6
+    image.save(tmp_path / "turned.png", exif=exif)
+    for read in (Image.open, read_upright):
+        found = convert(read(tmp_path / "turned.png"), 8)[0, 0].float()
+        assert found[:, 4:].min() == 1
+        assert found[:, :4].max() == 0
+    image.info["exif"] = b"no exif"
+    assert convert(image, 8)[0, 0, :4].float().min() == 1
 
 
 @pytest.mark.parametrize("convert", [to_pixels, to_mask])

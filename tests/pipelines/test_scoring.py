@@ -147,6 +147,8 @@ def test_refusals(pipe, codes):
         pipe.score("caption", codes=codes, text=TEXTS, num_draws=3, generator=seeded(1, 2, 3))
     with pytest.raises(ConfigError, match=r"either `image` or `codes`; got both"):
         pipe.score("caption", image=[0], codes=codes, text=TEXTS)
+    with pytest.raises(ConfigError, match=r"one per level; got none. Use"):
+        pipe.score("caption", codes=(), text=TEXTS)
     canvas = pipe.processor.score("caption", codes=codes, texts=TEXTS)
     with pytest.raises(ConfigError, match=r"`canvas` must have one row; got 3"):
         CanvasScorer(pipe.transformer, canvas)

@@ -6,7 +6,14 @@ from pathlib import Path
 import pytest
 
 from multimodal_dlm.errors import ConfigError
-from multimodal_dlm.training.config import TrainConfig, config_changes, load_train_config
+from multimodal_dlm.training.config import (
+    LRScheduleConfig,
+    OptimizerConfig,
+    StabilityConfig,
+    TrainConfig,
+    config_changes,
+    load_train_config,
+)
 from multimodal_dlm.training.run import describe
 from tests.training.runs import run_config
 
@@ -69,6 +76,8 @@ def test_overrides_win_and_mistakes_are_explained(tmp_path):
     config = load_train_config(path, ["--optimizer.lr", "2e-3", "--data.batch_size", "5"])
     assert (config.optimizer.lr, config.data.batch_size, config.num_train_steps) == (2e-3, 5, 3)
     assert config.optimizer.betas == (0.9, 0.98)
+    unclipped = load_train_config(path, ["--optimizer.max_grad_norm", ".inf"])
+    assert unclipped.optimizer.max_grad_norm == float("inf")
     with pytest.raises(ConfigError, match="There is no config"):
         load_train_config(tmp_path / "none.yaml")
     path.write_text("output_dir: out\nnum_train_steps: 3\noptimiser: {lr: 1e-3}\n")
@@ -82,6 +91,33 @@ def test_overrides_win_and_mistakes_are_explained(tmp_path):
         ({"num_train_steps": 0}, "`num_train_steps` must be at least 1; got 0"),
         ({"ema_decay": 1.0}, r"`ema_decay` must lie in \[0, 1\); got 1.0"),
         ({"seed": -1}, "`seed` must be at least 0; got -1"),
+        (
+            {"optimizer": OptimizerConfig(max_grad_norm=0.0)},
+            "positive; got 0.0. Write .inf",
+        ),
+        ({"optimizer": OptimizerConfig(max_grad_norm=-1.0)}, "`optimizer.max_grad_norm` must be"),
+        (
+            {"optimizer": OptimizerConfig(betas=(0.9, 1.0))},
+            r"`optimizer.betas` must lie in \[0",
+        ),
+        ({"optimizer": OptimizerConfig(eps=0.0)}, "`optimizer.eps` must be positive; got 0.0"),
+        ({"optimizer": OptimizerConfig(weight_decay=-0.1)}, "`optimizer.weight_decay` must not be"),
+        (
+            {"lr_schedule": LRScheduleConfig(num_warmup_steps=-1)},
+            "num_warmup_steps` must be at",
+        ),
+        (
+            {"lr_schedule": LRScheduleConfig(final_share=2.0)},
+            "`lr_schedule.final_share` must",
+        ),
+        (
+            {"stability": StabilityConfig(max_skipped_share=-0.1)},
+            "`stability.max_skipped_share`",
+        ),
+        (
+            {"stability": StabilityConfig(spike_deviations=-1)},
+            "`stability.spike_deviations`",
+        ),
     ],
 )
 def test_values_out_of_range_are_refused(changes, message):

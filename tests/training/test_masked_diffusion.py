@@ -13,7 +13,8 @@ from multimodal_dlm.training.batches import drop_empty_columns
 from multimodal_dlm.training.objectives import MaskedDiffusion, build_objective
 from multimodal_dlm.training.objectives.base import Batch
 from multimodal_dlm.vocabulary import UnifiedVocabulary
-from tests.training.tiny import TASKS, canvas_of, generators, tiny_model
+from tests.core.toy import toy_processor
+from tests.training.tiny import TASKS, canvas_of, generators, rows_of, tiny_model
 
 VOCABULARY = UnifiedVocabulary.build({"letters": [("letters", 3)]})
 LENGTH = 3
@@ -156,10 +157,11 @@ def test_accumulated_micro_batches_equal_one_batch(size):
         plan = objective.prepare(batches, seed=5, step=2, gather=list, num_processes=1)
         model.zero_grad()
         total = 0.0
-        for batch, context in zip(batches, plan.contexts, strict=True):
+        parts = zip(batches, plan.contexts, plan.loss_scales, strict=True)
+        for batch, context, scale in parts:
             draw = generators(batch.rows)
             output = objective(model, batch.inputs, generator=draw, **context)
-            (output.loss * plan.loss_scale).backward()
+            (output.loss * scale).backward()
             total += float(output.loss.detach())
         return total, {
             name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None
@@ -207,6 +209,17 @@ def test_a_hole_is_a_rectangle():
         places = canvas.position_ids[row, corrupted.is_target[row]][:, 1:]
         sides = places.amax(0) - places.amin(0) + 1
         assert len(places) == int(sides.prod())
+
+
+def test_holes_across_blocks_are_refused():
+    processor, vocabulary = toy_processor(attention="causal"), tiny_model().vocabulary
+    canvas = processor.training_canvas(rows_of(("text_to_image", "caption")))
+    options = {"generator": generators(range(2)), "draws": [0.9, 0.9]}
+    with pytest.raises(ConfigError, match="`hole_share` above 0 needs grids .* piece; got 0.1"):
+        MaskedDiffusion(hole_share=0.1).corrupt(canvas, vocabulary, **options)
+    MaskedDiffusion().corrupt(canvas, vocabulary, **options)
+    canvas = toy_processor(blocks=(4,)).training_canvas(rows_of(("text_to_image", "caption")))
+    MaskedDiffusion(hole_share=0.1).corrupt(canvas, vocabulary, **options)  # Texts have no holes.
 
 
 def test_content_leaves_out_fill():

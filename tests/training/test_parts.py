@@ -97,6 +97,25 @@ def test_optimizer_state_survives_the_round_trip():
         assert torch.equal(left, right)
 
 
+def test_a_restored_optimizer_keeps_the_settings_of_its_own_config():
+    def made(**settings):
+        model = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 1))
+        optimizer = build_optimizer(model, lr=0.1, **settings)
+        model(torch.ones(2, 3)).sum().backward()
+        optimizer.step()
+        return model, optimizer
+
+    old = made(betas=(0.9, 0.9), eps=1e-8, weight_decay=0.1)
+    model, optimizer = made(betas=(0.8, 0.7), eps=1e-6, weight_decay=0.3)
+    tensors, groups = optimizer_tensors(*old)
+    restore_optimizer(model, optimizer, tensors, json.loads(json.dumps(groups)))
+    assert [group["weight_decay"] for group in optimizer.param_groups] == [0.3, 0.0]
+    assert all(group["betas"] == (0.8, 0.7) for group in optimizer.param_groups)
+    assert all(group["eps"] == 1e-6 for group in optimizer.param_groups)
+    restored, _ = optimizer_tensors(model, optimizer)
+    assert all(torch.equal(tensor, restored[name]) for name, tensor in tensors.items())
+
+
 def test_draws_depend_on_seed_step_and_row_alone():
     def first(generator):
         return float(torch.rand(1, generator=generator))

@@ -141,6 +141,13 @@ def test_a_launcher_that_asks_for_the_cpu_gets_it():
         assert run_device({}) == torch.device("cpu")
 
 
+@pytest.mark.parametrize(("kind", "expected"), [("mps", "cpu"), ("xpu", "xpu")])
+def test_a_device_without_float64_is_not_trained_on(kind, expected, monkeypatch):
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda: torch.device(kind))
+    assert run_device({}).type == expected
+
+
 def test_a_plan_is_made_for_the_device_that_it_names(run_root, cpu):
     config = short(run_root, "planned", "auto")
     for device, capabilities, expected in (

@@ -14,7 +14,7 @@ from multimodal_dlm.datasets.tokenize_engines import tokenize_manifest
 from multimodal_dlm.datasets.tokenizing import TokenizerFolders
 from multimodal_dlm.errors import CheckpointError, ConfigError, DataError
 from multimodal_dlm.training.components import build_job
-from multimodal_dlm.training.config import ModelConfig, TrainConfig
+from multimodal_dlm.training.config import ModelConfig, ObjectiveConfig, TrainConfig
 from multimodal_dlm.training.run import describe, train
 from tests.training.runs import run_config, write_data, write_tokenizers
 
@@ -147,8 +147,9 @@ def test_dry_run_of_both_kinds_counts_the_same(run_root, tokenized, tmp_path):
 def test_image_tokenizers_need_pictures(run_root, tokenized):
     config = over(run_config(run_root), tokenized)
     model = ModelConfig(component="image_tokenizer")
+    objective = ObjectiveConfig("reconstruction", {"perceptual_weight": 0.0})
     with pytest.raises(DataError, match=r"source `squares` is pre-tokenized.*its raw manifest"):
-        build_job(dataclasses.replace(config, model=model))
+        build_job(dataclasses.replace(config, model=model, objective=objective))
 
 
 def test_blank_codes_are_only_for_descriptions(run_root):

@@ -13,7 +13,7 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
-from multimodal_dlm.errors import CheckpointError, DataError, DivergenceError
+from multimodal_dlm.errors import CheckpointError, ConfigError, DataError, DivergenceError
 from multimodal_dlm.pipelines import load_pipeline
 from multimodal_dlm.training.checkpoint import latest_checkpoint, list_checkpoints
 from multimodal_dlm.training.config import CheckpointConfig, DataConfig, StabilityConfig
@@ -166,10 +166,58 @@ def test_another_config_does_not_continue_a_run(run_root):
     config = run_config(run_root, "changed")
     train(config)
     changed = dataclasses.replace(config, num_train_steps=8)
-    with pytest.raises(CheckpointError, match=r"`num_train_steps` 6 -> 8"):
+    with pytest.raises(CheckpointError, match=r"`num_train_steps` 6 -> 8.*or set `allow_changes`"):
         train(changed)
+    record = Path(config.output_dir) / "config.yaml"
+    assert yaml.safe_load(record.read_text()) == config.to_dict()  # Not that of the refused run.
+    for allow_changes in (False, True):
+        seeded = dataclasses.replace(config, seed=2, allow_changes=allow_changes)
+        with pytest.raises(CheckpointError, match=r"`seed` 1 -> 2.*`allow_changes` is not for"):
+            train(seeded)
+    with pytest.raises(ConfigError, match="`num_train_steps` must be at least .*; got 5"):
+        train(dataclasses.replace(config, num_train_steps=5, allow_changes=True))
     assert train(dataclasses.replace(config, log_every_steps=1))["is_finished"]
     assert train(dataclasses.replace(changed, allow_changes=True))["step"] == 8
+
+
+def test_averages_start_where_a_run_without_them_goes_on(run_root):
+    config = run_config(run_root, "averages", num_train_steps=2, ema_decay=0.0)
+    train(config)
+    path = latest_checkpoint(Path(config.output_dir) / "checkpoints")
+    assert path is not None
+    before = load_file(path / "model.safetensors")["embed_tokens.weight"]
+    changed = dataclasses.replace(config, num_train_steps=3, ema_decay=0.9, allow_changes=True)
+    train(changed)
+    after = final_tensors(changed)
+    expected = before.lerp(after["model/embed_tokens.weight"], 1 - 2 / 11)
+    assert torch.allclose(after["ema/embed_tokens.weight"], expected, atol=1e-6)
+
+
+def test_processes_that_find_different_checkpoints_are_refused(run_root, monkeypatch):
+    monkeypatch.setattr(
+        "multimodal_dlm.training.saving.gather_object", lambda own: [*own, "step-00000002"]
+    )
+    message = "the same newest checkpoint.*found none, step-00000002. Put `output_dir` where"
+    with pytest.raises(CheckpointError, match=message):
+        train(run_config(run_root, "apart"))
+
+
+def test_options_must_be_those_of_what_a_run_starts_from(run_root):
+    first = run_config(run_root, "first_stage", num_train_steps=1)
+    folder = train(first)["export"]
+    config = run_config(run_root, "second_stage")
+    same = dataclasses.replace(config.model, init_from=folder, options={"hidden_size": 64})
+    assert describe(dataclasses.replace(config, model=same))["num_parameters"] > 0
+    for changes, message in (
+        ({"max_text": 24}, "`model.max_text` must be .*; got 24 and 20 in"),
+        ({"condition_attention": "full"}, "`model.condition_attention` .*; got full and prefix in"),
+        ({"block_lengths": (4,)}, r"`model.block_lengths` must be .*; got \[4\] and \[\] in"),
+        ({"options": {"num_layers": 3}}, "`model.options.num_layers` must be .*; got 3 and 2 in"),
+        ({"preset": "base"}, r"`model.preset` \(`num_layers`\) of `base` must be .*; got 12 and 2"),
+    ):
+        model = dataclasses.replace(same, **changes)
+        with pytest.raises(ConfigError, match=message):
+            describe(dataclasses.replace(config, model=model))
 
 
 def test_a_signal_ends_the_run_with_a_checkpoint(run_root):

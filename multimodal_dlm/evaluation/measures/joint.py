@@ -3,7 +3,7 @@
 from typing import Any
 
 from multimodal_dlm.evaluation.held_out import HeldOut
-from multimodal_dlm.evaluation.measurement import Measurement, mean_metric, register_measure
+from multimodal_dlm.evaluation.measurement import Measurement, Metric, mean_metric, register_measure
 from multimodal_dlm.evaluation.sheets import contact_sheet
 from multimodal_dlm.evaluation.text_metrics import name_of_caption, normalise_text
 from multimodal_dlm.pipelines import UnifiedImageToTextPipeline, UnifiedJointPipeline
@@ -22,7 +22,8 @@ def measure_joint(
     `same_name` is the share of pairs whose picture, captioned again by the same model, gets the
     name of its caption; beside it the same with the caption of the `next_pair`. It says
     that picture and caption agree, not that a person would. `different` is the share of distinct
-    captions, `known` of captions that are word for word in the split.
+    captions (without an interval: it depends on how many are drawn, and a resample repeats some),
+    `known` of captions that are word for word in the split.
 
     Args:
         pipeline: Draws pairs.
@@ -51,9 +52,7 @@ def measure_joint(
             baselines={"next_pair": [a == b for a, b in zip(others, seen, strict=True)]},
             seed=data.seed,
         ),
-        "different": mean_metric(
-            [float(captions.index(c) == i) for i, c in enumerate(captions)], seed=data.seed
-        ),
+        "different": Metric(len(set(captions)) / count, None, None, count),
         "known": mean_metric([float(normalise_text(c) in known) for c in captions], seed=data.seed),
     }
     sheet = contact_sheet(images[:NUM_SHOWN], captions[:NUM_SHOWN], columns=6)

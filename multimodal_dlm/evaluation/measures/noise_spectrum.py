@@ -18,6 +18,7 @@ from multimodal_dlm.evaluation.measurement import (
     register_measure,
 )
 from multimodal_dlm.evaluation.probes import encode_labels, probe
+from multimodal_dlm.evaluation.text_metrics import name_of_sample
 from multimodal_dlm.models.attention_plan import AttentionPlan
 from multimodal_dlm.pipelines import UnifiedTextToImagePipeline
 from multimodal_dlm.processing import Codes, UnifiedProcessor
@@ -45,7 +46,8 @@ def measure_noise_spectrum(
     caption would be written from, the picture being its noisy condition). `reconstructed` fills all
     masks with their most likely codes at once and reads the result, as a clean picture, with the
     probe of clean pictures; `codes_right` is the share of the masked codes that come back exactly.
-    Baseline `majority` is the most frequent label. Metrics are named `WHAT.ATTRIBUTE.LEVEL`.
+    Folds and resamples go by name: pictures of one name (`name_of_sample`) stay together. Baseline
+    `majority` is the most frequent label. Metrics are named `WHAT.ATTRIBUTE.LEVEL`.
 
     Args:
         pipeline: Any text-to-image pipeline.
@@ -54,9 +56,13 @@ def measure_noise_spectrum(
         num_levels: Levels from 0 to 1, at least 2.
 
     Raises:
-        DataError: When an attribute has fewer than two frequent values.
+        DataError: When an attribute has fewer than two frequent values, or the pictures fewer than
+            four names.
     """
     samples = data.samples()
+    shown = [name_of_sample(sample) for sample in samples]
+    places = {name: place for place, name in enumerate(sorted(set(shown)))}
+    units = [places[name] for name in shown]
     codes = encode_images(pipeline, [sample.image for sample in samples], data.batch_size)
     labels = {
         name: encode_labels([str(sample.record.meta.get(name)) for sample in samples])
@@ -68,30 +74,38 @@ def measure_noise_spectrum(
     lines: dict[str, dict[str, list[float]]] = {"accuracy": {}, "nats": {}, "reconstructed": {}}
     for name, (rows, classes) in labels.items():
         majority = float(torch.bincount(classes).max()) / len(rows)
+        groups = [units[row] for row in rows]
         for level, state in zip(levels, states, strict=True):
             for where, vectors in (("picture", state.picture), ("caption", state.caption)):
-                found = probe(vectors[rows], classes, seed=data.seed)
+                found = probe(vectors[rows], classes, seed=data.seed, groups=groups)
                 accuracy = mean_metric(
-                    found.right, baselines={"majority": majority}, seed=data.seed
+                    found.right, groups=groups, baselines={"majority": majority}, seed=data.seed
                 )
                 metrics[f"{where}.{name}.{level:g}"] = accuracy
                 label = f"{name}, {where}"
                 lines["accuracy"].setdefault(label, []).append(accuracy.value)
                 lines["nats"].setdefault(label, []).append(found.information)
             # Probes of clean pictures read what one step makes of the noisy ones.
-            read = probe(states[0].picture[rows], classes, seed=data.seed, other=state.filled[rows])
+            read = probe(
+                states[0].picture[rows],
+                classes,
+                seed=data.seed,
+                other=state.filled[rows],
+                groups=groups,
+            )
             hits = [a == b for a, b in zip(read.predicted or [], classes.tolist(), strict=True)]
-            again = mean_metric(hits, baselines={"majority": majority}, seed=data.seed)
+            again = mean_metric(
+                hits, groups=groups, baselines={"majority": majority}, seed=data.seed
+            )
             metrics[f"reconstructed.{name}.{level:g}"] = again
             lines["reconstructed"].setdefault(name, []).append(again.value)
-    masked = list(zip(levels, states, strict=True))[1:]
-    for level, state in masked:
-        metrics[f"codes_right.{level:g}"] = mean_metric(state.codes_right, seed=data.seed)
-    lines["reconstructed"]["codes right"] = [1.0, *(sum(s.codes_right) / len(s.codes_right)
-                                                    for _, s in masked)]  # fmt: skip
+    right = [mean_metric(state.codes_right, groups=units, seed=data.seed) for state in states]
+    for level, metric in list(zip(levels, right, strict=True))[1:]:
+        metrics[f"codes_right.{level:g}"] = metric
+    lines["reconstructed"]["codes right"] = [metric.value for metric in right]
     titles = {
         "accuracy": ("Read from hidden states by a linear probe", "accuracy"),
-        "nats": ("Information that a linear probe reads", "nats, CE(y) - CE(y | state)"),
+        "nats": ("Information that a linear probe reads", "nats, H(y) - CE(y | state)"),
         "reconstructed": ("Right after one step that fills all masks", "accuracy"),
     }
     curves = {
@@ -146,7 +160,8 @@ def _sweep(
         parts["caption"].append(_mean(hidden, is_text))
         filled = _fill(pipeline, noisy, hidden, masked)
         hits = ((filled.input_ids == clean.input_ids) & masked).sum(dim=1)
-        states.codes_right += (hits / masked.sum(dim=1).clamp(min=1)).tolist()
+        totals = masked.sum(dim=1)
+        states.codes_right += torch.where(totals > 0, hits / totals.clamp(min=1), 1.0).tolist()
         parts["filled"].append(_mean(_forward(pipeline, filled), is_image))
     for name, tensors in parts.items():
         setattr(states, name, torch.cat(tensors).float().cpu())

@@ -52,7 +52,8 @@ def measure_reconstruction(
 ) -> Measurement:
     """PSNR and foreground PSNR in decibels, codes used and their perplexity, by level.
 
-    The baseline `flat` is the picture's mean colour.
+    The baseline `flat` is the picture's mean colour. A picture of one colour has no foreground and
+    counts only for the rest.
 
     Args:
         pipeline: Gives the image tokenizer.
@@ -67,15 +68,16 @@ def measure_reconstruction(
     codes, shown = [], ()
     for part in data.batches(len(images)):
         pixels = to_pixels(images[part], tokenizer.config["image_size"])
-        found = tokenizer.encode(pixels)
-        back = tokenizer.decode(found)
+        found = tokenizer.encode(pixels.to(pipeline.device))
+        back = tokenizer.decode(found).cpu()
         flat = pixels.mean(dim=(2, 3), keepdim=True).expand_as(pixels)
         front = foreground(pixels)
         rows["psnr"] += peak_signal_to_noise(pixels, back).tolist()
-        rows["foreground"] += peak_signal_to_noise(pixels, back, front).tolist()
+        has_front = front.flatten(1).any(dim=1)
+        rows["foreground"] += peak_signal_to_noise(pixels, back, front)[has_front].tolist()
         rows["flat"] += peak_signal_to_noise(pixels, flat).tolist()
-        rows["flat_front"] += peak_signal_to_noise(pixels, flat, front).tolist()
-        codes.append(found)
+        rows["flat_front"] += peak_signal_to_noise(pixels, flat, front)[has_front].tolist()
+        codes.append([level.cpu() for level in found])
         if not shown:
             shown = (
                 from_pixels(pixels[:NUM_SHOWN], "pil"),
@@ -83,10 +85,11 @@ def measure_reconstruction(
             )
     metrics = {
         "psnr": mean_metric(rows["psnr"], baselines={"flat": rows["flat"]}, seed=data.seed),
-        "foreground_psnr": mean_metric(
-            rows["foreground"], baselines={"flat": rows["flat_front"]}, seed=data.seed
-        ),
     }
+    if rows["foreground"]:
+        metrics["foreground_psnr"] = mean_metric(
+            rows["foreground"], baselines={"flat": rows["flat_front"]}, seed=data.seed
+        )
     levels = [torch.cat(level) for level in zip(*codes, strict=True)]
     for number, (level, size) in enumerate(zip(levels, tokenizer.codebook_sizes, strict=True)):
         for name, measured in (

@@ -7,13 +7,14 @@ inputs, and returns the loss to differentiate and the terms to report.
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from multimodal_dlm.canvas import Canvas
+from multimodal_dlm.datasets.selection import YIELDED
 from multimodal_dlm.diffusion.losses import token_nll
 from multimodal_dlm.training.packing import Packing
 
@@ -67,7 +68,7 @@ class Batch:
         rows: Index of each row in the global batch.
         draws: One uniform number a row for choices of the objective.
         packing: How rows share the rows of the forward pass; None when they do not.
-        outcomes: `yielded` for each row that counts, else why it does not.
+        outcomes: `yielded` for each row that counts, else why it does not; empty when all do.
         numbers: Number of each row in the run, as the reader counts them.
     """
 
@@ -84,6 +85,12 @@ class Batch:
         """A copy whose tensors are on another device."""
         packing = self.packing.to(device) if self.packing else None
         return replace(self, inputs=self.inputs.to(device), packing=packing)
+
+    @property
+    def counted(self) -> list[int]:
+        """Places of the rows that count."""
+        outcomes = self.outcomes or [YIELDED] * len(self.keys)
+        return [place for place, outcome in enumerate(outcomes) if outcome == YIELDED]
 
     @property
     def num_tokens(self) -> int:
@@ -108,16 +115,21 @@ class StepPlan:
 
     Args:
         contexts: Extra keyword arguments of each micro-batch.
-        loss_scale: Multiplied into each micro-batch's loss, so that the gradient averaged over
+        loss_scales: Multiplied into each micro-batch's loss, so that the gradient averaged over
             processes is that of the global batch.
     """
 
     contexts: list[dict[str, Any]] = field(default_factory=list)
-    loss_scale: float = 1.0
+    loss_scales: list[float] = field(default_factory=list)
 
 
 class Objective(ABC):
-    """Base of objectives; the loss is a mean over the rows of a micro-batch unless overridden."""
+    """Base of objectives; the loss is a mean over a micro-batch's counted rows unless overridden.
+
+    `component` is the `model.component` that an objective trains.
+    """
+
+    component: ClassVar[str] = "transformer"
 
     def prepare(
         self,
@@ -130,6 +142,9 @@ class Objective(ABC):
     ) -> StepPlan:
         """Look at the micro-batches of a step, on every process.
 
+        Each gets `counted`, the places of the rows that the mean is over, and weighs as many rows;
+        one without any weighs nothing, whatever its loss is.
+
         Args:
             batches: This process's micro-batches.
             seed: Of the run.
@@ -137,8 +152,11 @@ class Objective(ABC):
             gather: Joins small lists over all processes.
             num_processes: Processes that average their gradients.
         """
-        del seed, step, gather, num_processes
-        return StepPlan([{} for _ in batches], 1.0 / max(1, len(batches)))
+        del seed, step
+        counted = [batch.counted for batch in batches]
+        num_rows = max(1, sum(gather([len(rows) for rows in counted])))
+        scales = [num_processes * len(rows) / num_rows for rows in counted]
+        return StepPlan([{"counted": rows} for rows in counted], scales)
 
     def parts(
         self, model: Any, contexts: Sequence[dict[str, Any]]

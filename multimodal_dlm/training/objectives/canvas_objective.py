@@ -85,7 +85,7 @@ class CanvasObjective(Objective):
                     "row_share": len(batch.rows) / num_rows,
                 }
             )
-        return StepPlan(contexts, float(num_processes))
+        return StepPlan(contexts, [float(num_processes)] * len(batches))
 
     def parts(
         self, model: Any, contexts: Sequence[dict[str, Any]]

@@ -64,7 +64,8 @@ class MaskedDiffusion(CanvasObjective):
         loss_weights: Weight of each modality by name; 1 where none is given.
         task_weights: Weight of the rows of each task by name; 1 where none is given.
         hole_share: Share of rows whose only free window is a grid that get one rectangular hole
-            instead (practice for inpainting; left out of the reported bounds).
+            instead (practice for inpainting; left out of the reported bounds). 0 where grids are
+            written in blocks, as under `condition_attention: causal`.
         mask_weighting: `bound` or `flat` for each modality by name; `bound` where none is given.
             `bound` is the NELBO's L / k; `flat` gives each masked token the same 2 L / (L + 1), the
             same sum in the mean. A picture's last few tokens then no longer weigh as much as all of
@@ -154,7 +155,11 @@ class MaskedDiffusion(CanvasObjective):
         uniforms: Mapping[int, Float[Tensor, " batch"]] | None = None,
         draws: Sequence[float] = (),
     ) -> Corruption:
-        """Mask an exact count of every block of a free window, or one rectangle of a grid."""
+        """Mask an exact count of every block of a free window, or one rectangle of a grid.
+
+        Raises:
+            ConfigError: When rows may get holes and a grid is written in several blocks.
+        """
         is_target = torch.zeros_like(canvas.is_free)
         weight = torch.zeros(canvas.is_free.shape, device=canvas.device)
         flat_weight = torch.zeros_like(weight)
@@ -168,7 +173,10 @@ class MaskedDiffusion(CanvasObjective):
             part = canvas.window_slice(window)
             u = uniforms[window] if uniforms is not None else _draw(canvas.batch_size, generator)
             u = u.to(canvas.device)
-            for is_free in _blocks(canvas, part):
+            blocks = list(_blocks(canvas, part))
+            if len(draws) and self.hole_share > 0 and len(blocks) > 1:
+                _check_one_piece(canvas, part, self.hole_share)
+            for is_free in blocks:
                 lengths = is_free.sum(dim=1)
                 masked = _masks(is_free, counts_from_uniforms(u, lengths), generator)
                 if bool(wants_hole.any()):
@@ -230,6 +238,22 @@ def _masks(
     return masked
 
 
+def _grid(canvas: Canvas, part: slice) -> tuple[int, int]:
+    """Height and width of a window in tokens; 1 and 1 for a text."""
+    height, width = canvas.position_ids[:, part, -2:].amax(dim=(0, 1)).tolist()
+    return height + 1, width + 1
+
+
+def _check_one_piece(canvas: Canvas, part: slice, hole_share: float) -> None:
+    """Refuse holes in grids that are written in blocks: a hole would lie across them."""
+    if _grid(canvas, part) != (1, 1):
+        raise ConfigError(
+            "`hole_share` above 0 needs grids that are written in one piece; got"
+            f" {hole_share} and a grid in blocks (`condition_attention: causal`). Set it to 0, or"
+            " `model.condition_attention` to `prefix`."
+        )
+
+
 def _holes(
     canvas: Canvas,
     part: slice,
@@ -243,7 +267,7 @@ def _holes(
         The masks, and the rows that were replaced.
     """
     axes = canvas.position_ids[:, part, -2:]
-    height, width = (int(size) + 1 for size in axes.amax(dim=(0, 1)))
+    height, width = _grid(canvas, part)
     is_grid = canvas.is_free[:, part].all(dim=1) & (height * width > 1)
     rows = (wants_hole & is_grid).nonzero().flatten()
     masked, has_hole = masked.clone(), torch.zeros_like(wants_hole)

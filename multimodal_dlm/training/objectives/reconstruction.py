@@ -1,5 +1,6 @@
 """Training an image tokenizer: reconstruction, perceptual distance, and an optional critic."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -55,6 +56,8 @@ class Reconstruction(Objective):
         critic_seed: Initial weights of the critic.
     """
 
+    component = "image_tokenizer"
+
     def __init__(
         self,
         *,
@@ -91,36 +94,41 @@ class Reconstruction(Objective):
         inputs: Float[Tensor, "batch 3 h w"],
         *,
         generator: Generators,
+        counted: Sequence[int] | None = None,
         **context: Any,
     ) -> ObjectiveOutput:
-        """Loss of one micro-batch of pixels in [0, 1].
+        """Loss of one micro-batch of pixels in [0, 1], the mean over the rows that count.
 
         Args:
             model: Image tokenizer: pixels -> (reconstruction, quantizer loss).
             inputs: Pixels.
             generator: Unused: nothing is drawn.
+            counted: Places of the rows that count; None for all. Without any the loss is that of
+                all rows, so that it has gradients, and must be multiplied by 0.
             context: Unused.
         """
         del generator, context
-        pixels = inputs.contiguous(memory_format=torch.channels_last)
+        num_rows = len(inputs) if counted is None else len(counted)
+        rows = inputs[list(counted)] if counted and num_rows < len(inputs) else inputs
+        pixels = rows.contiguous(memory_format=torch.channels_last)
         reconstruction, quantizer_loss = model(pixels)
         error = reconstruction - pixels
         l1, l2 = error.abs().mean(), error.pow(2).mean()
         loss = self.l1_weight * l1 + self.l2_weight * l2 + quantizer_loss
         values = {"l1": l1, "psnr": -10 * l2.detach().clamp(min=1e-10).log10()}
         if self.perceptual is not None:
-            rows = slice(0, self.perceptual_rows)
-            values["perceptual"] = self.perceptual(reconstruction[rows], pixels[rows])
+            first = slice(0, self.perceptual_rows)
+            values["perceptual"] = self.perceptual(reconstruction[first], pixels[first])
             loss = loss + self.perceptual_weight * values["perceptual"]
-        if self.critic is not None and torch.is_grad_enabled():
+        if self.critic is not None and num_rows and torch.is_grad_enabled():
             values["critic"] = self._train_critic(self.critic, pixels, reconstruction.detach())
             self.critic.requires_grad_(False)
             values["adversarial"] = -self.critic(reconstruction).mean()
             self.critic.requires_grad_(True)
             loss = loss + self.adversarial_weight * values["adversarial"]
-        count = torch.tensor(float(len(pixels)))
-        terms = {k: Term(v.detach().float() * len(pixels), count) for k, v in values.items()}
-        return ObjectiveOutput(loss, terms, len(pixels), is_bound=False)
+        count = torch.tensor(float(num_rows))
+        terms = {k: Term(v.detach().float() * num_rows, count) for k, v in values.items()}
+        return ObjectiveOutput(loss, terms, num_rows, is_bound=False)
 
     def _train_critic(self, critic: PatchCritic, real: Tensor, fake: Tensor) -> Tensor:
         """One hinge step of the critic: real patches above 1, reconstructed ones below -1."""
