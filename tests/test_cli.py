@@ -12,7 +12,6 @@ import yaml
 from PIL import Image
 
 from multimodal_dlm import cli
-from multimodal_dlm.commands.loading import pick_device
 from multimodal_dlm.commands.parser import hyphens_to_underscores
 from multimodal_dlm.commands.pictures import box_mask, file_stem
 from multimodal_dlm.commands.reporting import find_format
@@ -421,15 +420,6 @@ def test_unknown_device_is_a_sentence(capsys, tiny):
         capsys, "generate", "a", "--pipeline", str(tiny / "pipeline"), "--device", "gpu0"
     )
     assert "`device` must be one that torch can use here; got `gpu0`" in message
-
-
-def test_a_device_without_float64_is_not_computed_on(monkeypatch):
-    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
-    monkeypatch.setattr("torch.backends.mps.is_available", lambda: True)
-    assert pick_device("auto") == "cpu"
-    for device in ("mps", "mps:0"):
-        with pytest.raises(ConfigError, match=f"must compute in float64, .*; got `{device}`"):
-            pick_device(device)
 
 
 def test_data_inspect(capsys, tiny):

@@ -8,6 +8,8 @@ import pytest
 import torch
 
 from multimodal_dlm import precision
+from multimodal_dlm.commands.loading import pick_device
+from multimodal_dlm.errors import ConfigError
 from multimodal_dlm.pipelines import UnifiedTextToImagePipeline
 from multimodal_dlm.precision import (
     BF16Support,
@@ -118,3 +120,12 @@ def test_a_pipeline_in_software_bf16_says_so_once(monkeypatch, caplog):
     said = [r.getMessage() for r in caplog.records if r.name == "multimodal_dlm.precision"]
     assert len(said) == 1
     assert "`pipe.to(torch.float32)`" in said[0]
+
+
+def test_a_device_without_float64_is_not_computed_on(monkeypatch):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    monkeypatch.setattr("torch.backends.mps.is_available", lambda: True)
+    assert pick_device("auto") == "cpu"
+    for device in ("mps", "mps:0"):
+        with pytest.raises(ConfigError, match=f"must compute in float64, .*; got `{device}`"):
+            pick_device(device)

@@ -17,7 +17,7 @@ from multimodal_dlm.pipelines.guidance import (
     conditional_only,
 )
 from multimodal_dlm.pipelines.noise_groups import noise_groups, stage_steps
-from multimodal_dlm.pipelines.randomness import RowSeeds, draw_row_seeds, group_generators
+from multimodal_dlm.pipelines.randomness import group_generators
 from multimodal_dlm.schedulers import ConfidenceScheduler
 
 
@@ -495,22 +495,3 @@ def test_stages_after_a_length_rule_are_those_of_the_new_canvas(pipe, stops):
 def test_one_seed_per_row_is_required(pipe):
     with pytest.raises(ConfigError, match="`row_seeds` must have one entry per row; got 1 for 2"):
         run(pipe, pipe.processor.text_to_image(["a", "b"]), seeds=[0])
-
-
-def test_row_seeds_come_by_one_draw_each():
-    shared = torch.Generator().manual_seed(0)
-    expected = [int(torch.randint(2**63 - 1, (), generator=shared)) for _ in range(3)]
-    assert draw_row_seeds(torch.Generator().manual_seed(0), 3) == expected
-    lists = [torch.Generator().manual_seed(seed) for seed in (4, 4)]
-    first, second = draw_row_seeds(lists, 2)
-    assert first == second
-    assert len(set(draw_row_seeds(None, 4))) == 4
-    for wrong in (0, RowSeeds(0)):
-        with pytest.raises(ConfigError, match=r"one per row; got 0. Use torch.Generator"):
-            draw_row_seeds(wrong, 2)
-
-
-def test_generators_of_groups_differ():
-    first, second = group_generators([1, 2], 2)
-    draws = [float(torch.rand((), generator=each)) for each in (*first, *second)]
-    assert len(set(draws)) == 4
