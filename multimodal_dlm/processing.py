@@ -179,10 +179,9 @@ class UnifiedProcessor:
             row = self._text_row(picture, None, ids, self._block())
             row.is_free[self.answer_window] = ids == mask
             rows.append(row)
-        # What pads a short text opens when what stands there in a longer one does.
-        orders = [row.order[self.answer_window] for row in rows]
-        for row in rows:
-            row.order[self.answer_window] = max(orders, key=len)
+        longest = max((row.order[self.answer_window] for row in rows), key=len)
+        for row in rows:  # What pads a short text opens when what stands there in a long one does.
+            row.order[self.answer_window] = longest
         return self._assemble(rows)
 
     def score(
@@ -202,19 +201,14 @@ class UnifiedProcessor:
         """
         inputs = {"codes": codes[0] if codes else None, "texts": texts, "questions": questions}
         check_score_inputs(task, inputs)
-        given = [part for part in inputs.values() if part is not None]
-        count = len(given[0])
+        count = len(next(part for part in inputs.values() if part is not None))
+        written = self._matching(texts, count, "texts")
+        asked = self._matching(questions, count, "questions")
         rows = [
             TrainingRow(
                 task, tuple(level[i].cpu().numpy() for level in codes) if codes else None, q, t
             )
-            for i, (t, q) in enumerate(
-                zip(
-                    self._matching(texts, count, "texts"),
-                    self._matching(questions, count, "questions"),
-                    strict=True,
-                )
-            )
+            for i, (q, t) in enumerate(zip(asked, written, strict=True))
         ]
         return self.training_canvas(rows)
 

@@ -72,14 +72,15 @@ def fit_to_source(
     """
     names: dict[str, list[str]] = {}
     features: dict[str, Tensor] = {}
+    is_held: dict[str, Tensor] = {}
     extract = PictureFeatures()
     for split, count in (("train", limit), (judged_split, None)):
         samples = _first(source, split, count)
         progress(f"features of {len(samples)} pictures of `{split}`")
         features[split] = extract([sample.image for sample in samples])
         names[split] = [name_of_sample(sample) for sample in samples]
-        if split == "train":
-            held = torch.tensor([is_held_out(sample) for sample in samples])
+        is_held[split] = torch.tensor([is_held_out(sample) for sample in samples])
+    held = is_held["train"]
     if not bool(held.any()) or bool(held.all()):
         raise DataError(f"`{source.name}` has too few pictures to hold some out. Give more.")
     listed = sorted({name for some in names.values() for name in some})

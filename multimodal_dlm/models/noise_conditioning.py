@@ -74,7 +74,7 @@ class Modulation:
 class Gating(NamedTuple):
     """The part of a modulation that one half of a block takes.
 
-    Args:
+    Attributes:
         modulation: Which row each token takes.
         key: The block's own offset and the half, by which a finished table is known.
         tables: Shift, scale and gate, (rows, width) each; none where a finished table is known.

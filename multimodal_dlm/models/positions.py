@@ -22,6 +22,8 @@ class Rotary:
     Args:
         cos: Cosines.
         sin: Signed sines.
+
+    Attributes:
         by_head: Both as (batch, length, 1, rotary_dim).
     """
 

@@ -36,6 +36,19 @@ OPTIONS = {
     "text_to_image": ["--batches", "1", "2", "--repeats", "1", "--steps", "2", "--curve", "1"],
     "cached_pictures": ["--prompts", "1", "--steps", "3", "--repeats", "1", "--batches", "1"],
     "image_to_text": ["--repeats", "1"],
+    "layer_variants": [
+        "--variants",
+        "bfloat16",
+        "float32_int8_weights",
+        "--steps",
+        "2",
+        "--batches",
+        "1",
+        "--repeats",
+        "1",
+        "--pictures",
+        "4",
+    ],
     "kill_storm": ["--kills", "3", "--steps", "12"],
     "text_generation": ["--preset", "tiny", "--quick"],
 }
@@ -190,7 +203,8 @@ def test_cached_pictures(report):
 def test_image_to_text(report):
     found = report("image_to_text")
     assert set(found["ratios"]) == {
-        "caption_prefix", "caption_prefix_256_tokens", "vqa_shared_image",
+        "caption_prefix", "caption_prefix_256_tokens", "caption_prefix_8_pictures",
+        "caption_prefix_256_tokens_8_pictures", "vqa_shared_image",
     }  # fmt: skip
     for row in found["rows"]:
         assert row["identical_ids"]
@@ -207,6 +221,18 @@ def test_image_to_text(report):
         assert "linear" in parts or native <= set(parts)
         assert abs(sum(part["share"] for part in parts.values()) - 1) < 0.01
         assert all(part["operators"] > 0 for part in parts.values())
+
+
+@pytest.mark.slow
+def test_layer_variants(report):
+    found = report("layer_variants")
+    rows = {row["variant"]: row for row in found["variants"]}
+    assert {"float32", "bfloat16"} <= set(rows)
+    assert set(rows) | set(found["left_out"]) == {"float32", "bfloat16", "float32_int8_weights"}
+    assert rows["float32"]["difference"] == [0, 0, 0]
+    assert rows["float32"]["times_float32"] == {"1": 1.0}
+    assert 0 < abs(rows["bfloat16"]["difference"][0]) < 0.02 * rows["float32"]["nats"]
+    assert found["pictures"] == 4
 
 
 def test_parts_of_a_step_are_disjoint_and_whole(monkeypatch):

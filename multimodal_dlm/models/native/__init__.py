@@ -36,7 +36,7 @@ _FLAGS = ("-O3", "-std=c++17", "-shared", "-fPIC", "-fopenmp", "-mfma")
 class _Set(NamedTuple):
     """Kernels for one kind of CPU.
 
-    Args:
+    Attributes:
         folder: Where their sources are.
         flags: What their sources are compiled with.
         needs: What the CPU must have, in words.

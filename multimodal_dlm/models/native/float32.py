@@ -36,7 +36,7 @@ def _library() -> Kernels:
 
 
 def pack(weight: Float[Tensor, "out inner"]) -> Float[Tensor, "out inner"]:
-    """The weight laid out for x W^T: [out / 16][inner][16]."""
+    """The weight laid out for x W^T: `[out / 16][inner][16]`."""
     weight = weight.detach().contiguous()
     panels = torch.empty_like(weight)
     _library()("pack", weight, panels, *weight.shape)

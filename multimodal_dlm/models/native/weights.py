@@ -16,7 +16,7 @@ NUM_SAMPLED = 64  # Values by which a change of a weight is noticed.
 class Tables(NamedTuple):
     """What a half block does to a token beside its layers, by the token's level; float32.
 
-    Args:
+    Attributes:
         factor: Multiplied into the normalised token.
         shift: Added to it.
         gate: Multiplied into the half's output before it is added.
@@ -44,7 +44,7 @@ def are_bare(layers: Iterable[nn.Module], *dtypes: torch.dtype) -> bool:
 class Layout(NamedTuple):
     """How kernels read a weight.
 
-    Args:
+    Attributes:
         pack: From the weight to the tensor that they read, of as many values.
         itemsize: Bytes of a value there.
     """
