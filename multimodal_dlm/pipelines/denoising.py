@@ -155,12 +155,13 @@ class _Loop:
         self.forwards = Forwards(transformer, builder(canvas))
         self.runs: list[GroupRun] = []
         self.num_steps = 0
+        # Groups of the present canvas, once it has changed shape since the stages were found.
+        self._moved: dict[tuple[int, int], Group] = {}
         self._waiting: tuple[Canvas, Tensor] | None = None
 
     def open(self, stage: Sequence[Group], generators: Sequence[list[torch.Generator]]) -> None:
         """Begin the runs of the groups of one stage."""
-        groups = self._groups()  # The canvas may have changed shape since the stages were found.
-        present = [groups.get((group.window, group.order), group) for group in stage]
+        present = [self._moved.get((group.window, group.order), group) for group in stage]
         self.runs = [
             GroupRun(group, self._begin(group), rows)
             for group, rows in zip(present, generators, strict=True)
@@ -322,9 +323,9 @@ class _Loop:
             return
         self.canvas = canvas
         self.forwards = Forwards(self.transformer, self.builder(canvas), self.forwards.num_forwards)
-        found = self._groups()
+        self._moved = self._groups()
         for run in self.runs:
-            group = found.get((run.group.window, run.group.order))
+            group = self._moved.get((run.group.window, run.group.order))
             if group is not None:
                 run.group, run.state, run.prediction = group, self._begin(group), None
 
