@@ -54,9 +54,10 @@ def made_up_items() -> Items:
 
 
 def batches(items: Items, context: int, batch: int, count: int) -> Work:
-    """Prompts and what they ask, `count` questions of every task, one task a batch.
+    """Prompts and what they ask, `count` questions of every task, one task a batch, in turn.
 
-    The prompts of a batch have one length, so that no method has to deal with padding.
+    The prompts of a batch have one length, so that no method has to deal with padding. Any number
+    of batches from the first on asks equally much of each task, but for one batch.
 
     Args:
         items: Questions and worked examples of each task.
@@ -66,8 +67,8 @@ def batches(items: Items, context: int, batch: int, count: int) -> Work:
         count: Questions of every task.
     """
     found = []
-    for asked, examples in items.values():
-        for start in range(0, count, batch):
+    for start in range(0, count, batch):
+        for asked, examples in items.values():
             numbers = range(start, start + batch)
             chosen = [asked[n % len(asked)] for n in numbers]
             turned = [examples[n % len(examples) :] + examples for n in numbers]

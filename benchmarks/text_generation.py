@@ -20,7 +20,8 @@ import statistics
 import sys
 import time
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -35,6 +36,7 @@ from torch import Tensor
 
 from multimodal_dlm.datasets.recipes.reasoning import TASKS
 from multimodal_dlm.evaluation.bootstrap import bootstrap_interval
+from multimodal_dlm.evaluation.html_report import line_plot
 from multimodal_dlm.models.approximate_cache import (
     DelayedCacheConfig,
     DualCacheConfig,
@@ -76,30 +78,36 @@ class Counts:
     """What a backbone computed during a call.
 
     Args:
-        forwards: Calls of the backbone.
+        forwards: Forwards whose logits were read; one over the prompt alone is none.
         columns: Tokens computed, rows added up.
-        first_end: When the first forward had ended.
+        first_logits: When logits were read for the first time: the prompt had been computed.
     """
 
     forwards: int = 0
     columns: int = 0
-    first_end: float | None = None
+    first_logits: float | None = None
 
-    def watch(self, model: Any) -> list[Any]:
-        """Count from now on; returns hooks to remove."""
+    @contextmanager
+    def watching(self, model: Any) -> Iterator[None]:
+        """Count within the block."""
+        compute_logits = model.compute_logits
+
+        def read(*arguments: Any, **options: Any) -> Tensor:
+            self.forwards += 1
+            if self.first_logits is None:
+                self.first_logits = time.perf_counter()
+            return compute_logits(*arguments, **options)
 
         def begins(_: Any, inputs: Any) -> None:
-            self.forwards += 1
             self.columns += inputs[0].shape[0] * inputs[0].shape[1]
 
-        def ends(*_: Any) -> None:
-            if self.first_end is None:
-                self.first_end = time.perf_counter()
-
-        return [
-            model.blocks[0].register_forward_pre_hook(begins),
-            model.norm.register_forward_hook(ends),
-        ]
+        hook = model.blocks[0].register_forward_pre_hook(begins)
+        model.compute_logits = read
+        try:
+            yield
+        finally:
+            del model.compute_logits
+            hook.remove()
 
 
 @dataclass
@@ -137,8 +145,10 @@ class Method:
     def kv_bytes(self, length: int, batch: int) -> int:
         """Bytes of the keys and values it keeps for rows of some length."""
         config = self.pipe.transformer.config
-        width = config["hidden_size"] * self.pipe.transformer.dtype.itemsize
-        return 2 * config["num_layers"] * width * length * batch * self.has_cache
+        heads = config["num_key_value_heads"] or config["num_attention_heads"]
+        width = heads * config["hidden_size"] // config["num_attention_heads"]
+        size = width * self.pipe.transformer.dtype.itemsize
+        return 2 * config["num_layers"] * size * length * batch * self.has_cache
 
 
 def through(pipe: Any, cache: Any, steps: int, rule: dict[str, Any], **options: Any) -> Any:
@@ -187,7 +197,7 @@ def methods(block: Any, causal: Any, threshold: float | None) -> list[Method]:
     def left_to_right(prompts: list[str]) -> Tensor:
         return decode(causal, prompts, GEN_LENGTH, may_end=threshold is not None)
 
-    exact = ExactCacheConfig()  # Keeps `<bos>` from call to call, and no prompt.
+    exact = ExactCacheConfig()  # Enabled anew in each call: no prompt is kept from the last.
     quarter = GEN_LENGTH // 4
     return [
         Method("autoregressive", causal, left_to_right),
@@ -213,18 +223,14 @@ def methods(block: Any, causal: Any, threshold: float | None) -> list[Method]:
 def call(method: Method, prompts: list[str], result: Result, number: int) -> None:
     """One timed call."""
     counts = Counts()
-    hooks = counts.watch(method.pipe.transformer)
-    begun = time.perf_counter()
-    try:
+    with counts.watching(method.pipe.transformer):
+        begun = time.perf_counter()
         codes = method.write(prompts)
-    finally:
-        for hook in hooks:
-            hook.remove()
-    ended = time.perf_counter()
+        ended = time.perf_counter()
     fill = method.pipe.transformer.vocabulary.column_of("fill", "text")
     length = method.pipe.processor.text(prompts[:1], gen_length=1).length - 1
     result.seconds.append(ended - begun)
-    result.decode_seconds.append(ended - (counts.first_end or begun))
+    result.decode_seconds.append(ended - (counts.first_logits or begun))
     result.tokens.append(int((codes != fill).sum()))
     result.forwards.append(counts.forwards)
     result.columns.append(counts.columns - length * len(prompts))
@@ -310,10 +316,22 @@ def row(cell: Cell, name: str, result: Result, work: Work) -> dict[str, Any]:
     }
 
 
-def ratios(results: dict[str, Result], name: str) -> dict[str, Any]:
-    """Tokens a second of the headline over those of a method, call by call on the same prompts."""
+def ratios(results: dict[str, Result], name: str, work: Work) -> dict[str, Any]:
+    """The headline beside a method, call by call on the same prompts.
+
+    Returns:
+        Tokens a second over those of the method, and how many more of the same questions (share)
+        are answered right to the word, with the interval of that difference.
+    """
     ours, theirs = results[HEADLINE], results[name]
     count = min(len(ours.seconds), len(theirs.seconds))
+
+    def right(result: Result) -> np.ndarray:
+        asked = ((result.texts[n], work[n][1]) for n in range(count))
+        pairs = (pair for texts, items in asked for pair in zip(texts, items, strict=True))
+        return np.asarray([float(text == item.answer) for text, item in pairs])
+
+    difference = right(ours) - right(theirs)
 
     def speeds(result: Result, seconds: list[float]) -> np.ndarray:
         return np.asarray(result.tokens[:count]) / np.asarray(seconds[:count])
@@ -323,6 +341,11 @@ def ratios(results: dict[str, Result], name: str) -> dict[str, Any]:
         "after_prompt": spread(
             speeds(ours, ours.decode_seconds) / speeds(theirs, theirs.decode_seconds)
         ),
+        "exact": {
+            "difference": float(difference.mean()),
+            "interval": bootstrap_interval(difference.tolist()),
+            "num_texts": len(difference),
+        },
     }
 
 
@@ -356,6 +379,34 @@ def theory(block: Any, cell: Cell, repeats: int) -> dict[str, Any]:
     }
 
 
+def against_theory(theory: dict[str, Any], rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Tokens a forward that the forwards' costs ask for at the measured number of forwards a block.
+
+    Args:
+        theory: Of the headline cell.
+        rows: Its rows.
+
+    Returns:
+        A curve over block lengths for `line_plot`.
+    """
+    cost = {int(count): value for count, value in theory["relative_to_one"].items()}
+    measured = {r["method"]: r["tokens_per_forward"] for r in rows}
+    lines: dict[str, list[float]] = defaultdict(list)
+    lengths = [n for n in sorted(BLOCKS) if f"block_{n}" in measured]
+    for length in lengths:
+        per_forward = measured[f"block_{length}"]
+        steps = length / per_forward
+        lines["measured"].append(per_forward)
+        lines["needed"].append((cost[2 * length] + (steps - 1) * cost[length]) / steps)
+        lines["needed, own commit"].append(cost[length] * (1 + 1 / steps))
+    return {
+        "x": lengths,
+        "x_label": "tokens of a block",
+        "y_label": "tokens a forward; above what is needed, blocks are faster",
+        "lines": dict(lines),
+    }
+
+
 def main() -> None:
     """Parse options, state the theory, measure, write the report."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -371,6 +422,7 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=20.0, help="of a method in a cell")
     parser.add_argument("--min_rounds", type=int, default=5)
     parser.add_argument("--quick", action="store_true", help="one context, one batch, few calls")
+    parser.add_argument("--plot", type=Path, help="SVG of tokens a forward, needed and measured")
     parser.add_argument("--json", type=Path, help="file to write the report to")
     args = parser.parse_args()
     if args.quick:
@@ -403,20 +455,27 @@ def main() -> None:
                 report["rows"] += [row(cell, n, r, work) for n, r in results.items()]
                 key = f"{dtype}/{context}/{batch}"
                 report["ratios"][key] = {
-                    name: ratios(results, name) for name in results if name != HEADLINE
+                    name: ratios(results, name, work) for name in results if name != HEADLINE
                 }
-    finish(summary(report, args), args.json)
+    found = summary(report, args)
+    if args.plot:
+        args.plot.write_text(line_plot(found["tokens_per_forward"]) + "\n", encoding="utf-8")
+    finish(found, args.json)
 
 
 def summary(report: dict[str, Any], args: Any) -> dict[str, Any]:
     """The report, its headline first: batch 1 at 1,024 tokens, or what is nearest to it."""
     context = min(args.contexts, key=lambda value: abs(value - 1024))
-    key = f"{args.dtypes[0]}/{context}/{min(args.batches)}"
+    cell = {"dtype": args.dtypes[0], "context": context, "batch": min(args.batches)}
+    key = "/".join(map(str, cell.values()))
     cells = report.pop("ratios")
+    (stated,) = [t for t in report["theory"] if t.items() >= cell.items()]
+    rows = [r for r in report["rows"] if r.items() >= cell.items()]
     headline = {name: pair["whole_call"]["median"] for name, pair in cells[key].items()}
     return {
         "ratios": headline,
         "headline": f"tokens a second of {HEADLINE} over each method, whole calls, {key}",
+        "tokens_per_forward": against_theory(stated, rows),
         "ratios_by_cell": cells,
         **report,
         "gen_length": GEN_LENGTH,

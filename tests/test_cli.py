@@ -367,7 +367,8 @@ def test_a_card_takes_its_metrics_from_a_report(capsys, tiny, tmp_path):
 
 def test_step_plan_of_a_tiny_pipeline(capsys, tiny, tmp_path):
     given = [
-        str(tiny / "squares.yaml"), "--source", "squares", "--pipeline", str(tiny / "pipeline"),
+        str(tiny / "squares.yaml"), "--source", "squares", "--split", "test",
+        "--pipeline", str(tiny / "pipeline"),
     ]  # fmt: skip
     values = succeed(
         capsys, "study", "step-plan", *given, "--points", "3",

@@ -82,7 +82,7 @@ def run_step_plan(
     manifest: str,
     *,
     source: str,
-    split: str = "test",
+    split: str = "val",
     task: str = "text_to_image",
     pipeline: str = RELEASED_PIPELINE,
     data_root: str | None = None,
@@ -99,7 +99,7 @@ def run_step_plan(
     Args:
         manifest: YAML file.
         source: dataset of the manifest
-        split: held-out split
+        split: held-out split; not one that pictures drawn by the plan are judged on
         task: whose window is scored: text_to_image, caption, vqa, unconditional_image or
             unconditional_text
         pipeline: folder of a saved pipeline, or `owner/name` on the Hub

@@ -5,6 +5,7 @@ caches compute some columns of a forward and let them attend to the keys the oth
 were last computed. What they differ in is which columns: one class each says it in `_columns`. All
 of them refresh what has grown old: a column is computed again once more than `refresh_share` of the
 free tokens changed since its key was computed, and everything every `refresh_interval` forwards.
+`PrefixCache` and `DualCache` also compute everything when another window or block is written.
 `evaluation.cache_divergence` measures what that costs.
 """
 
@@ -80,6 +81,8 @@ class ApproximateCache(KeyValueCache):
         "_ids",
         "_states",
     )
+    # Whether everything is computed in the first forward over another window.
+    follows_windows: ClassVar[bool] = False
 
     def __init__(
         self,
@@ -99,6 +102,7 @@ class ApproximateCache(KeyValueCache):
             previous_columns(plan.is_padding) if logits_shift else index.expand(is_free.shape)
         )
         self._read: Bool[Tensor, " length"] = torch.ones_like(is_free[0])
+        self._is_elsewhere = False  # Another window is read than in the last forward.
         self._open = index
         self._plan: AttentionPlan | None = None  # Of the open columns.
         self._ids: Int[Tensor, "batch length"] | None = None
@@ -119,6 +123,7 @@ class ApproximateCache(KeyValueCache):
         is_read = torch.zeros_like(self._read)
         is_read[columns] = True
         is_read[self._sources[:, is_read].flatten()] = True
+        self._is_elsewhere |= not torch.equal(is_read, self._read)
         self._read = is_read
 
     def run(self, compute: Compute, tokens: Tokens) -> Float[Tensor, "batch length width"]:
@@ -135,6 +140,8 @@ class ApproximateCache(KeyValueCache):
         is_changed = self._note_changes(tokens.input_ids)
         interval = self.config.refresh_interval
         is_due = interval is not None and self._num_forwards % interval == 0
+        is_due |= self.follows_windows and self._is_elsewhere
+        self._is_elsewhere = False
         if self._states is None or is_due:
             is_open = torch.ones_like(self._read)
         else:
@@ -202,6 +209,8 @@ class ApproximateCache(KeyValueCache):
 class PrefixCache(ApproximateCache):
     """Keeps what stands left of the window that is written; see `PrefixCacheConfig`."""
 
+    follows_windows = True
+
     def _columns(self, is_masked: Tensor, is_changed: Tensor) -> Tensor:
         first = int(self._read.to(torch.int8).argmax())
         return torch.arange(self.length, device=self._read.device) >= first
@@ -209,6 +218,8 @@ class PrefixCache(ApproximateCache):
 
 class DualCache(ApproximateCache):
     """Keeps everything but the window that is written; see `DualCacheConfig`."""
+
+    follows_windows = True
 
     def _columns(self, is_masked: Tensor, is_changed: Tensor) -> Tensor:
         return self._read
@@ -276,14 +287,21 @@ class ConfidenceCache(ApproximateCache):
 
 @dataclass(frozen=True, kw_only=True)
 class PrefixCacheConfig(ApproximateCacheConfig):
-    """Keep the columns left of the window that is written (Wu et al. 2025, arXiv 2505.22618)."""
+    """Keep the columns left of the window that is written (Wu et al. 2025, arXiv 2505.22618).
+
+    The window is that of a modality, or the block of a text in blocks; the first forward over
+    another one computes everything, as in the paper.
+    """
 
     cache = PrefixCache
 
 
 @dataclass(frozen=True, kw_only=True)
 class DualCacheConfig(ApproximateCacheConfig):
-    """Keep the columns on both sides of the window that is written (the same, section 3.2)."""
+    """Keep the columns on both sides of the window that is written (the same, section 3.2).
+
+    The first forward over another window computes everything, as for `PrefixCacheConfig`.
+    """
 
     cache = DualCache
 

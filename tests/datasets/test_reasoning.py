@@ -12,36 +12,36 @@ from multimodal_dlm.tokenizers.text import encode_text, load_text_tokenizer
 
 TOKENIZER = Path(__file__).resolve().parents[2] / "tokenizers" / "reasoning"
 LIMIT = {"train": 40, "val": 10, "test": 20}
-NUMBERS = range(200)
+NUMBERS = {"count_bits": 100, "manipulate_matrix": 1_000}
 
 
-def test_a_sum_is_written_with_its_running_totals() -> None:
-    write = TASKS["chain_sum"].write
-    assert write({"metadata": {"expression": "7 + 5 - 3"}}) == (
-        "7 + 5 = ? - 3 = ? =",
-        "7 + 5 = 12 - 3 = 9",
+def test_bits_are_written_with_the_ones_so_far() -> None:
+    task = TASKS["count_bits"]
+    assert task.write({"metadata": {"binary": "1011"}}) == (
+        "ones : 1 ? 0 ? 1 ? 1 ? =",
+        "1 1 0 1 1 2 1 3",
     )
-    assert write({"metadata": {"expression": "2 - 5 + 9"}}) is None
-    assert TASKS["chain_sum"].result("7 + 5 = 12 - 3 = 9") == "9"
-    assert TASKS["chain_sum"].result("") == ""
+    assert task.result("1 1 0 1 1 2 1 3") == "3"
+    assert task.result("") == ""
 
 
-@pytest.mark.parametrize(
-    ("operation", "said"),
-    [
-        ({"transform": "map", "from": 3, "to": 7}, "map 3 to 7"),
-        ({"transform": "zero_divisible", "k": 4}, "zero multiples of 4"),
-    ],
-)
-def test_a_matrix_is_written_row_by_row(operation: dict, said: str) -> None:
+def test_a_matrix_is_written_row_by_row() -> None:
     task = TASKS["manipulate_matrix"]
-    metadata = {"operations": [operation], "matrix": [[3, 1], [4, 3]], "solution": [[7, 1], [4, 7]]}
-    question, answer = task.write({"metadata": metadata}) or ("", "")
-    assert question == f"{said} : 3 1 / 4 3 ="
-    assert answer == "7 1 / 4 7"
-    assert task.result(answer) == "7 1\n4 7"
-    left_out = {"operations": [{"transform": "crop"}]}
-    assert task.write({"metadata": left_out}) is None
+    multiples = {"transform": "zero_divisible", "k": 3}
+
+    def write(operation: dict, before: list, after: list) -> tuple[str, str] | None:
+        return task.write(
+            {"metadata": {"operations": [operation], "matrix": before, "solution": after}}
+        )
+
+    before = [[3, 6, 9, 1], [3, 4, 6, 9]]
+    question, answer = write(multiples, before, [[0, 0, 0, 1], [0, 4, 0, 0]]) or ("", "")
+    assert question == "zero multiples of 3 : 3 6 9 1 / 3 4 6 9 ="
+    assert answer == "0 0 0 1 / 0 4 0 0"
+    assert task.result(answer) == "0 0 0 1\n0 4 0 0"
+    nearly_a_copy = [[0, 2, 0, 1], [0, 4, 0, 0]]
+    assert write(multiples, [[3, 2, 9, 1], [3, 4, 6, 9]], nearly_a_copy) is None
+    assert write({"transform": "crop"}, before, before) is None
 
 
 def test_examples_are_packed_up_to_the_limit() -> None:
@@ -91,9 +91,9 @@ def test_splits_share_no_question_and_examples_are_of_train(
                 assert question == record.qa[0].question
                 assert packed.answer == record.qa[0].answer
                 for example in examples:
-                    # What is before the answer: a sum of twelve has 46 words, a matrix 53.
+                    # What is before the answer: twenty bits have 43 words, a matrix 53.
                     words = example.split()
-                    length = 46 if packed.type.startswith("chain_sum") else 53
+                    length = 43 if packed.type.startswith("count_bits") else 53
                     assert Item("", 0, " ".join(words[:length]), "").split == "train"
                     assert " ".join(words[:length]) != question
                     shown += 1
@@ -118,8 +118,8 @@ def test_a_word_is_a_token_and_lengths_are_kept(samples: dict[str, list[Sample]]
 @pytest.mark.parametrize("name", TASKS)
 def test_worked_answers_are_right_by_the_generators_own_scorer(name: str) -> None:
     pytest.importorskip("reasoning_gym")
-    task, num_written, others = TASKS[name], 0, set()
-    for number in NUMBERS:
+    task, num_written = TASKS[name], 0
+    for number in range(NUMBERS[name]):
         entry = task.generator[number]
         written = task.write(entry)
         if written is None:
@@ -127,7 +127,4 @@ def test_worked_answers_are_right_by_the_generators_own_scorer(name: str) -> Non
         num_written += 1
         assert task.generator.score_answer(task.result(written[1]), entry) == 1.0
         assert task.generator.score_answer(task.result("100 / 100"), entry) < 1.0
-        others.add(written[0].split(" :")[0].split()[0])
     assert num_written > 40
-    if name == "manipulate_matrix":
-        assert others == {"map", "zero"}

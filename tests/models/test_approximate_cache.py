@@ -16,6 +16,7 @@ from multimodal_dlm.models.approximate_cache import (
 from multimodal_dlm.models.attention_plan import AttentionPlan
 from multimodal_dlm.models.cache_base import previous_columns
 from multimodal_dlm.models.kv_cache import ExactCacheConfig
+from multimodal_dlm.models.transformer import previous_states
 from multimodal_dlm.pipelines.guidance import classifier_free
 from tests.models.tiny import tiny_model
 from tests.pipelines.test_cached_runs import (
@@ -77,6 +78,33 @@ def test_a_key_is_computed_again_when_enough_has_changed():
     assert columns == [whole, ANSWER, ANSWER, whole, ANSWER, ANSWER]
 
 
+@pytest.mark.parametrize(
+    ("config", "kept"), [(PrefixCacheConfig, (6, 3)), (DualCacheConfig, (3, 3))]
+)
+def test_another_block_begins_with_a_full_forward(config, kept):
+    """Blocks of three of a window of six, two forwards each."""
+    model = tiny_model()
+    canvas = full_canvas(model, (5,))
+    model.enable_cache(config(refresh_share=1.0))
+    plan = AttentionPlan.from_canvas(canvas)
+    cache = model.new_cache(plan, canvas.is_free)
+    columns = []
+    model.blocks[0].register_forward_pre_hook(lambda _, x: columns.append(x[0].shape[1]))
+    free = canvas.is_free[0].nonzero().flatten().tolist()
+    for block in (free[:3], free[:3], free[3:], free[3:]):
+        cache.read(block)
+        model(
+            canvas.input_ids,
+            noise_levels=noise_levels(canvas, model.vocabulary),
+            modality_ids=canvas.modality_ids,
+            position_ids=canvas.position_ids,
+            attention_plan=plan,
+            kv_cache=cache,
+        )
+    whole = CONDITION + ANSWER
+    assert columns == [whole, kept[0], whole, kept[1]]
+
+
 class Watched:
     """A backbone that notes the ids and states of each forward and the columns computed for it."""
 
@@ -108,7 +136,8 @@ def test_masks_with_a_likely_proposal_and_known_tokens_keep_their_states(thresho
     for (before, old), (now, new), count in zip(
         watched.seen, watched.seen[1:], watched.columns[1:], strict=False
     ):
-        probability = model.compute_logits(old, "text").softmax(-1).amax(-1)
+        read = previous_states(old, canvas.is_padding) if shift else old
+        probability = model.compute_logits(read, "text").softmax(-1).amax(-1)
         is_unsure = vocabulary.is_masked(now) & (probability <= threshold)
         is_open = (is_unsure | (now != before)).any(dim=0)
         if shift:

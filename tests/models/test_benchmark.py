@@ -51,6 +51,7 @@ OPTIONS = {
     ],
     "kill_storm": ["--kills", "3", "--steps", "12"],
     "text_generation": ["--preset", "tiny", "--quick"],
+    "step_flops": [str(FOLDER.parent / "configs/smoke.yaml"), "--steps", "2"],
 }
 
 
@@ -270,6 +271,24 @@ def test_text_generation(report):
     cost, needed = stated["relative_to_one"], stated["tokens_per_forward_needed"]["block_16"]
     assert needed["4_forwards"]["own_commit_forward"] == pytest.approx(cost["16"] * 1.25)
     assert needed["4_forwards"]["fused"] == pytest.approx((cost["32"] + 3 * cost["16"]) / 4)
+    curve = found["tokens_per_forward"]
+    (measured,) = curve["lines"]["measured"]
+    assert curve["x"] == [16]
+    assert measured == rows["block_16"]["tokens_per_forward"]
+    (fused,) = curve["lines"]["needed"]
+    assert fused == pytest.approx(cost["16"] + (cost["32"] - cost["16"]) * measured / 16)
+
+
+def test_flops_of_steps_are_counted(report, monkeypatch):
+    monkeypatch.chdir(FOLDER.parent)
+    found = report("step_flops")
+    (run,) = found["runs"].values()
+    assert run["steps_counted"] == 2
+    assert 0 < run["teraflops_per_step"] < 0.1
+    assert run["petaflops"] * 1000 == pytest.approx(
+        run["teraflops_per_step"] * run["num_train_steps"], abs=0.06
+    )
+    assert list(found["relative"].values()) == [1.0]
 
 
 def test_the_bare_loop_writes_what_the_pipeline_writes(monkeypatch):

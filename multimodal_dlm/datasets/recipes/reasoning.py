@@ -1,4 +1,4 @@
-"""Recipe `reasoning`: worked sums and matrix exercises from the generators of reasoning-gym.
+"""Recipe `reasoning`: counted bits and matrix exercises from the generators of reasoning-gym.
 
 Items are rendered in words and numbers that are one token each in `tokenizers/reasoning`, so a text
 has as many tokens as words. A tenth of the records also ask their question behind worked
@@ -11,7 +11,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import count, islice
+from itertools import accumulate, count, islice
 from typing import Any
 
 from multimodal_dlm.datasets.fetching import SourcePackage
@@ -29,6 +29,7 @@ NUM_MARKERS = 3  # `<bos>`, and an `<eos>` behind prompt and answer.
 NUM_EXAMPLES = 256  # Items of each task that prompts take their worked examples from.
 FEW_SHOT_SHARE = 0.1
 SEPARATOR = "|"
+MIN_CHANGED = 6  # Cells; answers that are all but a copy teach and test little.
 _EDGES = {"val": 0.04, "test": 0.12}  # Upper ends of the hash ranges; the rest is `train`.
 _SIZE = 10**9  # Generators are asked for items by number; none is ever out of range.
 
@@ -101,31 +102,28 @@ class Task(ABC):
         """What `generator.score_answer` takes for a worked answer."""
 
 
-class ChainSum(Task):
-    """Sums of twelve digits; the running totals, 0 to 99, are filled in one by one."""
+class CountBits(Task):
+    """Ones among twenty bits; the count so far is filled in behind each bit."""
 
-    name = "chain_sum"
-    options = {"min_terms": 12, "max_terms": 12, "min_digits": 1, "max_digits": 1}
+    name = "count_bits"
+    options = {"min_n": 2**19, "max_n": 2**20 - 1}
 
     def write(self, entry: Mapping[str, Any]) -> tuple[str, str] | None:
-        """`7 + 5 = ? - 3 = ? =` and `7 + 5 = 12 - 3 = 9`."""
-        first, *rest = entry["metadata"]["expression"].split()
-        total, asked, worked = int(first), [first], [first]
-        for sign, digit in zip(rest[::2], rest[1::2], strict=True):
-            total += int(digit) if sign == "+" else -int(digit)
-            if not 0 <= total <= 99:
-                return None
-            asked += [sign, digit, "=", "?"]
-            worked += [sign, digit, "=", str(total)]
-        return " ".join([*asked, "="]), " ".join(worked)
+        """`ones : 1 ? 0 ? 1 ? =` and `1 1 0 1 1 2`."""
+        bits = entry["metadata"]["binary"]
+        counts = accumulate(map(int, bits))
+        asked = " ".join(f"{bit} ?" for bit in bits)
+        return f"ones : {asked} =", " ".join(
+            f"{bit} {total}" for bit, total in zip(bits, counts, strict=True)
+        )
 
     def result(self, answer: str) -> str:
-        """The last total."""
+        """The last count."""
         return answer.split()[-1] if answer else ""
 
 
 class ManipulateMatrix(Task):
-    """One operation on a matrix of six rows and seven columns of digits."""
+    """Matrices of six rows and seven columns in which multiples become zero, six cells or more."""
 
     name = "manipulate_matrix"
     options = {
@@ -134,24 +132,21 @@ class ManipulateMatrix(Task):
     }  # fmt: skip
 
     def write(self, entry: Mapping[str, Any]) -> tuple[str, str] | None:
-        """`map 3 to 7 : 3 1 / 4 3 =` and `7 1 / 4 7`, rows parted by a slash."""
+        """`zero multiples of 3 : 3 1 / 4 6 =` and `0 1 / 4 0`, rows parted by a slash."""
         (operation,) = entry["metadata"]["operations"]
-        said = {
-            "map": f"map {operation.get('from')} to {operation.get('to')} :",
-            "zero_divisible": f"zero multiples of {operation.get('k')} :",
-        }.get(operation["transform"])
-        if said is None:
+        if operation["transform"] != "zero_divisible":
             return None
-        return f"{said} {_rows(entry['metadata']['matrix'])} =", _rows(
-            entry["metadata"]["solution"]
-        )
+        before, after = (_rows(entry["metadata"][name]) for name in ("matrix", "solution"))
+        if _num_changed(before, after) < MIN_CHANGED:
+            return None
+        return f"zero multiples of {operation['k']} : {before} =", after
 
     def result(self, answer: str) -> str:
         """Rows on lines of their own."""
         return answer.replace(" / ", "\n")
 
 
-TASKS: dict[str, Task] = {task.name: task for task in (ChainSum(), ManipulateMatrix())}
+TASKS: dict[str, Task] = {task.name: task for task in (CountBits(), ManipulateMatrix())}
 
 
 @register_recipe
@@ -159,7 +154,7 @@ class ReasoningRecipe(Recipe):
     """Questions with worked answers, alone and behind worked examples."""
 
     name = "reasoning"
-    version = 2
+    version = 3
     packages = (REASONING_GYM,)
     splits = ("train", "val", "test")
     caption_templates = ("{question} {answer}",)
@@ -233,6 +228,10 @@ def pack_examples(question: str, examples: list[Item], max_tokens: int) -> tuple
 def _of_split(task: Task, split: str) -> Iterator[Item]:
     """The items of a split in the generator's order."""
     return (item for item in task.items() if item.split == split)
+
+
+def _num_changed(before: str, after: str) -> int:
+    return sum(a != b for a, b in zip(before.split(), after.split(), strict=True))
 
 
 def _rows(matrix: list[list[int]]) -> str:
