@@ -75,7 +75,6 @@ def divergence(pipe: Any, prompts: Sequence[str], steps: int, *, conditioned: bo
             CACHES,
             canvas,
             lambda callback, run=run: run(callback=callback),
-            branches=branches,
             noise_conditioning=conditioned,
         )
         for name, part in found.items():

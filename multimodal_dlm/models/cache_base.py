@@ -66,15 +66,16 @@ class Tokens:
         is_padding: Bool[Tensor, "batch length"],
         document_ids: Int[Tensor, "batch length"],
     ) -> list[bytes]:
-        """For each row everything its states depend on, as bytes, where all have one order."""
+        """For each row everything its states depend on, as bytes, where all have one order.
+
+        Padding has no part in it: a row has the same key beside longer ones as alone.
+        """
         assert self.input_ids is not None
-        parts = [
-            self.input_ids.masked_fill(is_padding, -1),
-            self.position_ids.masked_fill(is_padding[..., None], -1).flatten(1),
-            self.noise_levels.double().masked_fill(is_padding, -1).view(torch.int64),
-            document_ids.masked_fill(is_padding, -1),
-        ]
-        return [row.tobytes() for row in torch.cat(parts, dim=1).cpu().numpy()]
+        levels = self.noise_levels.double().view(torch.int64)
+        parts = torch.stack([self.input_ids, levels, document_ids], dim=-1)
+        rows = torch.cat([parts, self.position_ids], dim=-1).cpu().numpy()
+        is_there = ~is_padding.cpu().numpy()
+        return [row[own].tobytes() for row, own in zip(rows, is_there, strict=True)]
 
 
 class Derived:
@@ -137,4 +138,5 @@ def previous_columns(is_padding: Bool[Tensor, "batch length"]) -> Int[Tensor, "b
     """Column of the previous non-padding token of the row (of the token itself at the start)."""
     index = torch.arange(is_padding.shape[1], device=is_padding.device).expand(is_padding.shape)
     last = torch.where(is_padding, -1, index).cummax(dim=1).values
-    return torch.nn.functional.pad(last[:, :-1], (1, 0), value=0).clamp(min=0)
+    previous = torch.nn.functional.pad(last[:, :-1], (1, 0), value=-1)
+    return torch.where(previous < 0, index, previous)

@@ -144,16 +144,18 @@ class ExactCache(KeyValueCache):
         return rest
 
     def select_rows(self, rows: Int[Tensor, " rows"]) -> None:
-        """Go on with some of the rows."""
+        """Go on with some of the rows; only those that change place are copied."""
         self.is_free, self._whole = self.is_free[rows], self._whole.select_rows(rows)
         self._source_order, self._read = self._source_order[rows], None
+        count = len(self.kept)
         self.plan = self._whole.select(self.open, self.kept)
         if self._kept_ids is not None:
             self._kept_ids = self._kept_ids[rows]
         if self._states is not None:
-            self._states = self._states[rows]
+            self._states = _move_rows(self._states, rows, self.length)
         self._keys_values = {
-            layer: (keys[rows], values[rows]) for layer, (keys, values) in self._keys_values.items()
+            layer: (_move_rows(keys, rows, count), _move_rows(values, rows, count))
+            for layer, (keys, values) in self._keys_values.items()
         }
         self._views = {}
 
@@ -284,7 +286,10 @@ class ExactCache(KeyValueCache):
             plan = self._whole.select_rows(rows).restrict(base.columns)
             recorder = Recorder()
             states = compute(tokens.select(base.columns).select_rows(rows), plan, recorder)
-            found = {key: recorder.prefix(states, row) for row, key in enumerate(missing)}
+            found = {
+                key: recorder.prefix(states, place, base.is_there[row])
+                for place, (key, row) in enumerate(missing.items())
+            }
         else:
             found = {}
         self._adopt(base, [found.get(key) or self._memory.get(key) for key in base.keys], tokens)
@@ -303,24 +308,25 @@ class ExactCache(KeyValueCache):
             return None  # Nothing would be left to compute with it.
         documents = self._whole.document_ids[:, columns]
         keys = tokens.select(columns).row_keys(padding[:, columns], documents)
-        return _Base(columns, keys)
+        return _Base(columns, ~padding[:, columns], keys)
 
     def _adopt(self, base: "_Base", prefixes: Sequence[Prefix | None], tokens: Tokens) -> None:
-        """Begin with the base kept."""
+        """Begin with the base kept; what padding keeps is 0 and never seen."""
         given = [prefix for prefix in prefixes if prefix is not None]
         assert tokens.input_ids is not None
         rows, count = len(given), len(base.columns)
         for layer in given[0].keys_values:
             for_layer = [prefix.keys_values[layer] for prefix in given]
             shape = (rows, self.length, *for_layer[0][0].shape[1:])
-            keys, values = for_layer[0][0].new_empty(shape), for_layer[0][1].new_empty(shape)
-            for row, (own_keys, own_values) in enumerate(for_layer):
-                keys[row, :count], values[row, :count] = own_keys, own_values
+            keys, values = for_layer[0][0].new_zeros(shape), for_layer[0][1].new_zeros(shape)
+            keys[:, :count][base.is_there] = torch.cat([own for own, _ in for_layer])
+            values[:, :count][base.is_there] = torch.cat([own for _, own in for_layer])
             self._keys_values[layer] = (keys, values)
         self._views = {}
         states = given[0].states
         self._states = states.new_zeros((rows, self.length, states.shape[-1]))
-        self._states[:, base.columns] = torch.stack([prefix.states for prefix in given])
+        places, columns = base.is_there.nonzero(as_tuple=True)
+        self._states[places, base.columns[columns]] = torch.cat([p.states for p in given])
         self.kept = base.columns
         self._kept_ids = tokens.input_ids[:, base.columns]
 
@@ -332,11 +338,13 @@ class ExactCache(KeyValueCache):
             places = torch.searchsorted(self.kept, base.columns)
             found = {}
             for row, key in enumerate(base.keys):
+                is_there = base.is_there[row]
+                own = places[is_there]
                 parts = {
-                    layer: (keys[row, places], values[row, places])
+                    layer: (keys[row, own], values[row, own])
                     for layer, (keys, values) in self._keys_values.items()
                 }
-                found[key] = Prefix(parts, self._states[row, base.columns])
+                found[key] = Prefix(parts, self._states[row, base.columns[is_there]])
             self._memory.add(found)
 
 
@@ -351,7 +359,16 @@ class _Views:
 
 @dataclass(frozen=True)
 class _Base:
-    """Columns of the lowest order and, for each row, what their states depend on."""
+    """Columns of the lowest order; for each row its tokens there and what their states need."""
 
     columns: Int[Tensor, " base"]
+    is_there: Bool[Tensor, "batch base"]
     keys: list[bytes]
+
+
+def _move_rows(whole: Tensor, rows: Int[Tensor, " rows"], num_columns: int) -> Tensor:
+    """The first columns of `whole[rows]` in its own memory; what follows them is left as it is."""
+    moved = (rows != torch.arange(len(rows), device=rows.device)).nonzero().flatten()
+    if len(moved):
+        whole[moved, :num_columns] = whole[rows[moved], :num_columns]
+    return whole[: len(rows)]

@@ -6,19 +6,22 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from multimodal_dlm.models.cache_base import LayerStore, Tokens
+from multimodal_dlm.models.native.weights import sample
 from multimodal_dlm.models.noise_conditioning import Modulation, NoiseConditioning, level_index
 
 NUM_LEVEL_SETS = 64  # A window of n tokens written one by one meets n of them.
-_PROBE = 8  # First values of each parameter that are compared from call to call.
 
 
 @dataclass(frozen=True)
 class Prefix:
-    """What a row's prefix left: (keys, heads, dim) twice for each layer, (keys, width) states."""
+    """What a row's prefix left: (keys, heads, dim) twice for each layer, (keys, width) states.
+
+    Padding is left out, so that it serves the same tokens wherever they stand.
+    """
 
     keys_values: Mapping[int, tuple[Tensor, Tensor]]
     states: Float[Tensor, "keys width"]
@@ -42,10 +45,13 @@ class Recorder(LayerStore):
         self._keys_values[layer] = (keys.detach(), values.detach())
         return keys, values
 
-    def prefix(self, states: Tensor, row: int) -> Prefix:
-        """What one row left."""
-        parts = {layer: (k[row], v[row]) for layer, (k, v) in self._keys_values.items()}
-        return Prefix(parts, states[row].detach())
+    def prefix(self, states: Tensor, row: int, is_there: Bool[Tensor, " columns"]) -> Prefix:
+        """What one row left in the columns where it has a token."""
+        parts = {
+            layer: (keys[row, is_there], values[row, is_there])
+            for layer, (keys, values) in self._keys_values.items()
+        }
+        return Prefix(parts, states[row, is_there].detach())
 
 
 class LevelMemory:
@@ -112,8 +118,8 @@ class PrefixMemory:
     def check(self, model: torch.nn.Module) -> None:
         """Forget everything if the weights are not those of the last call.
 
-        Versions tell in-place changes, and the first values of every parameter those that PyTorch
-        does not count, such as adapters merged through `.data`.
+        Versions tell in-place changes, and a sample of the values of every parameter those that
+        PyTorch does not count, such as adapters merged through `.data`.
         """
         parameters = list(model.parameters())
         device = parameters[0].device.type
@@ -133,7 +139,7 @@ class PrefixMemory:
 
 
 @torch.no_grad()
-def _probe(parameter: Tensor) -> Float[Tensor, " first"]:
-    """The first values, in float32 where they are so and else in float64."""
-    values = parameter.flatten()[:_PROBE].cpu()
+def _probe(parameter: Tensor) -> Float[Tensor, " sampled"]:
+    """Some of its values, in float32 where they are so and else in float64."""
+    values = sample(parameter).cpu()
     return values if values.dtype == torch.float32 else values.double()

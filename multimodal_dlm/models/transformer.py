@@ -301,6 +301,7 @@ class UnifiedTransformerModel(
         attention_plan: AttentionPlan,
         kv_cache: KeyValueCache | None = None,
         conditioning_embeds: Float[Tensor, "batch width"] | None = None,
+        shift_states: bool = True,
     ) -> UnifiedTransformerOutput:
         """Hidden states of a canvas.
 
@@ -314,6 +315,8 @@ class UnifiedTransformerModel(
             attention_plan: Who sees whom.
             kv_cache: From `new_cache`; computes what it does not keep.
             conditioning_embeds: Added to the noise embedding of every token of a row.
+            shift_states: With `logits_shift` 1, give each token the state it is read from. False
+                copies nothing and leaves that to a caller that picks few, by `previous_columns`.
 
         Returns:
             States of every column, computed now or kept by the cache; 0 in columns of an order
@@ -328,7 +331,7 @@ class UnifiedTransformerModel(
             hidden_states = self._states(tokens, attention_plan, None)
         else:
             hidden_states = kv_cache.run(self._states, tokens)
-        if self.config["logits_shift"]:
+        if shift_states and self.config["logits_shift"]:
             hidden_states = previous_states(hidden_states, attention_plan.is_padding)
         return UnifiedTransformerOutput(hidden_states=hidden_states)
 

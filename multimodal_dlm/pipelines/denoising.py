@@ -21,8 +21,8 @@ from multimodal_dlm.pipelines.guidance import (
     BranchBuilder,
     combine,
     conditional_only,
-    is_guided,
-    restrict,
+    guidance_share,
+    scaled,
 )
 from multimodal_dlm.pipelines.lanes import Forwards
 from multimodal_dlm.pipelines.noise_groups import Group, noise_groups, stage_steps
@@ -78,6 +78,7 @@ def denoise(
     time_windows: TimeWindows | None = None,
     guidance_start: float = 0.0,
     guidance_stop: float = 1.0,
+    guidance_schedule: str = "constant",
     callback: StepCallback | None = None,
     progress_bar: Callable[[int], AbstractContextManager[Any]] | None = None,
     length_rule: LengthRule | None = None,
@@ -94,6 +95,7 @@ def denoise(
         time_windows: (start, stop) in time of some modalities, instead of the scheduler's own.
         guidance_start: Share of the steps after which guidance begins.
         guidance_stop: Share of the steps after which guidance ends.
+        guidance_schedule: How strongly it acts in between, one of `guidance.SCHEDULES`.
         callback: Called after each step; returning None stops the run.
         progress_bar: Number of steps -> context manager with `update()`.
         length_rule: Canvas -> Canvas between steps, for rows that change length.
@@ -121,8 +123,10 @@ def denoise(
                     break
                 if bar is not None:
                     bar.update()
-                guided = is_guided(index, count, guidance_start, guidance_stop)
-                if not loop.step(timestep, guided, waiting):
+                share = guidance_share(
+                    index, count, guidance_start, guidance_stop, guidance_schedule
+                )
+                if not loop.step(timestep, share, waiting):
                     continue
                 if callback is not None:
                     changed = callback(loop.num_steps - 1, timestep, loop.canvas)
@@ -233,7 +237,7 @@ class _Loop:
         """True when a free position is masked."""
         return bool(self.is_waiting.any())
 
-    def step(self, timestep: float, guided: bool, waiting: WaitingRows) -> bool:
+    def step(self, timestep: float, share: float, waiting: WaitingRows) -> bool:
         """The forwards of all branches, then one scheduler step per waiting group.
 
         Returns:
@@ -245,7 +249,7 @@ class _Loop:
         runs = [run for run, _ in begun]
         branches = [
             branch
-            for branch in restrict(self.forwards.branches, guided)
+            for branch in scaled(self.forwards.branches, share)
             if any(branch.serves(run.group.window) for run in runs)
         ]
         # A row that has finished its block stays for the next: what is kept of it would be lost.

@@ -3,8 +3,12 @@
 A branch is a canvas with a weight; the guided logits are sum_b w_b logits_b. Two branches with
 weights g and 1 - g give u + g (c - u) (Ho and Salimans 2022, arXiv 2207.12598); a negative prompt
 only changes what the second branch holds. LLaDA-family `cfg_scale` is g - 1.
+
+Guidance may act in an interval of the steps (Kynkäänniemi et al. 2024, arXiv 2404.07724), and its
+scale may rise there, see `SCHEDULES`.
 """
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
@@ -16,6 +20,17 @@ from multimodal_dlm.errors import CanvasError
 
 CONDITIONAL = "cond"
 UNCONDITIONAL = "uncond"
+
+# Place in the guided steps, 0 the first and 1 the last -> the share s of guidance that acts; the
+# scale is then 1 + s (g - 1). In masked diffusion strong guidance harms while most tokens are
+# masked and helps late (Rojas et al. 2025, arXiv 2507.08965). `linear` is that of Muse (Chang et
+# al. 2023, arXiv 2301.00704); `cosine` is one of Wang et al. 2024 (arXiv 2404.13040), here without
+# their normalisation to the area of a constant scale.
+SCHEDULES: dict[str, Callable[[float], float]] = {
+    "constant": lambda _: 1.0,
+    "linear": lambda place: place,
+    "cosine": lambda place: (1.0 - math.cos(math.pi * place)) / 2.0,
+}
 
 
 @dataclass(frozen=True)
@@ -99,13 +114,39 @@ def combine(
     return combined
 
 
-def is_guided(step: int, num_steps: int, start: float, stop: float) -> bool:
-    """True when guidance acts in this step: start <= step / num_steps < stop."""
-    return start <= step / num_steps < stop
+def guidance_share(
+    step: int, num_steps: int, start: float, stop: float, schedule: str = "constant"
+) -> float:
+    """Share of guidance that acts in a step: 0 is off, 1 the full scale.
+
+    Args:
+        step: Index of the step.
+        num_steps: Steps in all.
+        start: Guidance acts where start <= step / num_steps < stop.
+        stop: As `start` says.
+        schedule: One of `SCHEDULES`, over the steps in which guidance acts; one step alone has
+            the full scale.
+    """
+    guided = [index for index in range(num_steps) if start <= index / num_steps < stop]
+    if step not in guided:
+        return 0.0
+    if len(guided) == 1:
+        return 1.0
+    return SCHEDULES[schedule]((step - guided[0]) / (len(guided) - 1))
 
 
-def restrict(branches: Sequence[Branch], guided: bool) -> tuple[Branch, ...]:
-    """The branches of a step: all of them, or outside the window the first alone."""
-    if guided:
+def scaled(branches: Sequence[Branch], share: float) -> tuple[Branch, ...]:
+    """The branches of a step in which a share of guidance acts; at 0 the first alone.
+
+    Every weight moves from that of the first branch alone, (1, 0, 0, ...), to its own, so that
+    they sum to 1 at every share; of two branches the scale is 1 + share (g - 1).
+    """
+    first, *others = branches
+    if share == 0.0:
+        return (replace(first, weight=1.0),)
+    if share == 1.0:
         return tuple(branches)
-    return (replace(branches[0], weight=1.0),)
+    return (
+        replace(first, weight=1.0 + share * (first.weight - 1.0)),
+        *(replace(branch, weight=share * branch.weight) for branch in others),
+    )

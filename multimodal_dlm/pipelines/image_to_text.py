@@ -46,6 +46,7 @@ class UnifiedImageToTextPipeline(UnifiedPipeline):
         guidance_scale: float = 1.0,
         guidance_start: float = 0.0,
         guidance_stop: float = 1.0,
+        guidance_schedule: str = "constant",
         num_texts_per_image: int = 1,
         generator: Generators = None,
         streamer: Streamer | None = None,
@@ -67,6 +68,8 @@ class UnifiedImageToTextPipeline(UnifiedPipeline):
             guidance_scale: g in u + g (c - u); 1.0 is off. The question stays in both branches.
             guidance_start: Share of the steps after which guidance begins.
             guidance_stop: Share of the steps after which guidance ends.
+            guidance_schedule: `constant`, `linear` or `cosine`; with the last two the scale goes
+                from 1 in the first guided step to `guidance_scale` in the last.
             num_texts_per_image: Texts of each picture, side by side in the result.
             generator: One generator, or one per text.
             streamer: Receives a single text while it is written, see `streaming`.
@@ -84,7 +87,7 @@ class UnifiedImageToTextPipeline(UnifiedPipeline):
         if num_inference_steps is not None:
             check_count("num_inference_steps", num_inference_steps)
         check_count("num_texts_per_image", num_texts_per_image)
-        check_guidance(guidance_scale, guidance_start, guidance_stop)
+        check_guidance(guidance_scale, guidance_start, guidance_stop, guidance_schedule)
         check_output_type(output_type, TEXT_OUTPUT_TYPES)
         given = self._given_codes(image, codes)
         count = len(given[0])
@@ -106,6 +109,7 @@ class UnifiedImageToTextPipeline(UnifiedPipeline):
                 branches=classifier_free(self.processor.unconditional, guidance_scale),
                 guidance_start=guidance_start,
                 guidance_stop=guidance_stop,
+                guidance_schedule=guidance_schedule,
                 streamer=streamer,
                 callback_on_step_end=callback_on_step_end,
                 callback_on_step_end_tensor_inputs=callback_on_step_end_tensor_inputs,

@@ -44,6 +44,7 @@ class UnifiedInpaintPipeline(UnifiedPipeline):
         guidance_scale: float = 2.0,
         guidance_start: float = 0.0,
         guidance_stop: float = 1.0,
+        guidance_schedule: str = "constant",
         num_images_per_prompt: int = 1,
         composite: bool = True,
         generator: Generators = None,
@@ -65,6 +66,8 @@ class UnifiedInpaintPipeline(UnifiedPipeline):
             guidance_scale: g in u + g (c - u); 1.0 is off and costs no second forward.
             guidance_start: Share of the steps after which guidance begins.
             guidance_stop: Share of the steps after which guidance ends.
+            guidance_schedule: `constant`, `linear` or `cosine`; with the last two the scale goes
+                from 1 in the first guided step to `guidance_scale` in the last.
             num_images_per_prompt: Results of each picture, side by side.
             composite: Paste the pixels outside the mask back from the given picture.
             generator: One generator, or one per result.
@@ -79,7 +82,7 @@ class UnifiedInpaintPipeline(UnifiedPipeline):
         """
         check_count("num_inference_steps", num_inference_steps)
         check_count("num_images_per_prompt", num_images_per_prompt)
-        check_guidance(guidance_scale, guidance_start, guidance_stop)
+        check_guidance(guidance_scale, guidance_start, guidance_stop, guidance_schedule)
         check_output_type(output_type)
         as_texts("prompt", prompt)
         pixels = to_pixels(image, self.image_size)
@@ -103,6 +106,7 @@ class UnifiedInpaintPipeline(UnifiedPipeline):
             branches=classifier_free(unconditional, guidance_scale if is_hole.any() else 1.0),
             guidance_start=guidance_start,
             guidance_stop=guidance_stop,
+            guidance_schedule=guidance_schedule,
             callback_on_step_end=callback_on_step_end,
             callback_on_step_end_tensor_inputs=callback_on_step_end_tensor_inputs,
         )
@@ -115,6 +119,7 @@ class UnifiedInpaintPipeline(UnifiedPipeline):
                 "guidance_scale": guidance_scale,
                 "guidance_start": guidance_start,
                 "guidance_stop": guidance_stop,
+                "guidance_schedule": guidance_schedule,
                 "composite": composite,
             }
             negatives = negative or [None] * len(prompts)

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from multimodal_dlm.errors import ConfigError
+from multimodal_dlm.pipelines.guidance import SCHEDULES
 
 
 def check_count(name: str, value: Any, *, maximum: int | None = None) -> None:
@@ -15,8 +16,10 @@ def check_count(name: str, value: Any, *, maximum: int | None = None) -> None:
         raise ConfigError(f"`{name}` must be an integer, at least 1{limit}; got {value!r}.")
 
 
-def check_guidance(scale: Any, start: Any = 0.0, stop: Any = 1.0) -> None:
-    """Refuse a guidance scale or window out of range."""
+def check_guidance(
+    scale: Any, start: Any = 0.0, stop: Any = 1.0, schedule: Any = "constant"
+) -> None:
+    """Refuse a guidance scale or window out of range, or an unknown schedule."""
     is_number = isinstance(scale, (int, float)) and not isinstance(scale, bool)
     if not is_number or not math.isfinite(scale) or scale < 0:
         raise ConfigError(
@@ -27,6 +30,12 @@ def check_guidance(scale: Any, start: Any = 0.0, stop: Any = 1.0) -> None:
         raise ConfigError(
             "`guidance_start` and `guidance_stop` must satisfy 0 <= start <= stop <= 1 (shares of"
             f" the steps); got {start} and {stop}."
+        )
+    if schedule not in list(SCHEDULES):
+        listed = ", ".join(f"`{name}`" for name in SCHEDULES)
+        raise ConfigError(
+            f"`guidance_schedule` must be one of {listed}; got {schedule!r}. Leave it out for a"
+            " constant scale."
         )
 
 

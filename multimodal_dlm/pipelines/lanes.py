@@ -16,6 +16,7 @@ from torch import Tensor
 
 from multimodal_dlm.canvas import STRUCTURE_WINDOW, Canvas, LevelGroups
 from multimodal_dlm.models.attention_plan import AttentionPlan
+from multimodal_dlm.models.cache_base import previous_columns
 from multimodal_dlm.pipelines.guidance import Branch
 from multimodal_dlm.pipelines.noise_groups import Group
 
@@ -49,31 +50,37 @@ class Lane:
 
     def _prepare(self, rows: Int[Tensor, " rows"]) -> None:
         """Plan and cache of some rows, from nothing."""
-        self._rows = rows
-        self._part = self.canvas.select_rows(rows)
+        self._hold(rows, self.canvas.select_rows(rows))
         self._plan = AttentionPlan.from_canvas(self._part)
-        self._groups = LevelGroups.of(self._part)
         self._cache = self.transformer.new_cache(self._plan, self._part.is_free)
+
+    def _hold(self, rows: Int[Tensor, " rows"], part: Canvas) -> None:
+        """Make these the rows that are computed, in the order given."""
+        self._rows, self._part = rows, part
+        self._places = torch.zeros(self.canvas.batch_size, dtype=torch.long, device=rows.device)
+        self._places[rows] = torch.arange(len(rows), device=rows.device)
+        self._groups = LevelGroups.of(part)
+        is_shifted = self.transformer.config["logits_shift"]
+        self._sources = previous_columns(part.is_padding) if is_shifted else None
 
     def _focus(self, rows: Int[Tensor, " rows"]) -> None:
         """Compute these rows from now on: plan and cache follow, and begin anew for new ones.
 
-        Where a cache keeps much, leaving rows out copies it: at least half of them go at once.
+        The last rows take the places of those that leave, so that a cache moves no others.
         """
-        if torch.equal(rows, self._rows):
-            return
-        if not bool(torch.isin(rows, self._rows).all()):
+        is_wanted = torch.isin(self._rows, rows)
+        if int(is_wanted.sum()) < len(rows):
             self._prepare(rows)
             return
-        if self._cache is not None and 2 * len(rows) > len(self._rows):
+        if len(rows) == len(self._rows):
             return
-        places = torch.searchsorted(self._rows, rows)
-        self._part = self._part.select_rows(places)
-        self._plan = self._plan.select_rows(places)
-        self._groups = LevelGroups.of(self._part)
+        places = torch.arange(len(self._rows), device=rows.device)
+        first, last = places.tensor_split([len(rows)])
+        first[~is_wanted[first]] = last[is_wanted[last]]
+        self._hold(self._rows[first], self._part.select_rows(first))
+        self._plan = self._plan.select_rows(first)
         if self._cache is not None:
-            self._cache.select_rows(places)
-        self._rows = rows
+            self._cache.select_rows(first)
 
     def compute(
         self, branches: Sequence[Branch], rows: Int[Tensor, " rows"], groups: Sequence[Group] | None
@@ -82,7 +89,7 @@ class Lane:
 
         Args:
             branches: Branches of this lane that take part, in its order.
-            rows: Rows of each that are computed, ascending; all with a cache of Diffusers.
+            rows: Rows of each that are computed; all of them with a cache of Diffusers.
             groups: Groups whose states are asked for; None computes all columns without the cache.
         """
         if self.transformer.has_foreign_cache:  # It compares a batch with the one before.
@@ -101,6 +108,7 @@ class Lane:
                 position_ids=self._part.position_ids,
                 attention_plan=self._plan,
                 kv_cache=cache,
+                shift_states=False,
             )
 
     def states(
@@ -111,8 +119,10 @@ class Lane:
         positions: Int[Tensor, " picked"],
     ) -> Float[Tensor, "picked width"]:
         """States of the last forward at some rows of a branch and positions of a group."""
-        places = torch.searchsorted(self._rows, rows + self._first[branch.name])
+        places = self._places[rows + self._first[branch.name]]
         columns = positions + group.columns(self.canvas).start
+        if self._sources is not None:
+            columns = self._sources[places, columns]
         return self._output.hidden_states[places, columns]
 
     def token_quality(

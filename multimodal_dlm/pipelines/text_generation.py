@@ -43,6 +43,7 @@ class UnifiedTextGenerationPipeline(UnifiedPipeline):
         guidance_scale: float = 1.0,
         guidance_start: float = 0.0,
         guidance_stop: float = 1.0,
+        guidance_schedule: str = "constant",
         num_texts_per_prompt: int = 1,
         generator: Generators = None,
         streamer: Streamer | None = None,
@@ -69,6 +70,8 @@ class UnifiedTextGenerationPipeline(UnifiedPipeline):
                 template, is the condition.
             guidance_start: Share of the steps after which guidance begins.
             guidance_stop: Share of the steps after which guidance ends.
+            guidance_schedule: `constant`, `linear` or `cosine`; with the last two the scale goes
+                from 1 in the first guided step to `guidance_scale` in the last.
             num_texts_per_prompt: Texts of each prompt or template, side by side in the result.
             generator: One generator, or one per text.
             streamer: Receives a single text while it is written, see `streaming`.
@@ -82,7 +85,7 @@ class UnifiedTextGenerationPipeline(UnifiedPipeline):
             ConfigError: When an argument is out of range, contradicts another or is too long.
         """
         check_count("num_texts_per_prompt", num_texts_per_prompt)
-        check_guidance(guidance_scale, guidance_start, guidance_stop)
+        check_guidance(guidance_scale, guidance_start, guidance_stop, guidance_schedule)
         check_output_type(output_type, TEXT_OUTPUT_TYPES)
         if num_inference_steps is not None:
             check_count("num_inference_steps", num_inference_steps)
@@ -92,6 +95,7 @@ class UnifiedTextGenerationPipeline(UnifiedPipeline):
             branches=classifier_free(self.processor.unconditional, guidance_scale),
             guidance_start=guidance_start,
             guidance_stop=guidance_stop,
+            guidance_schedule=guidance_schedule,
             callback_on_step_end=callback_on_step_end,
             callback_on_step_end_tensor_inputs=callback_on_step_end_tensor_inputs,
         )

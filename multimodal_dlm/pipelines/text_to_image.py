@@ -37,6 +37,7 @@ class UnifiedTextToImagePipeline(UnifiedPipeline):
         guidance_scale: float = 2.0,
         guidance_start: float = 0.0,
         guidance_stop: float = 1.0,
+        guidance_schedule: str = "constant",
         num_images_per_prompt: int = 1,
         generator: Generators = None,
         output_type: str = "pil",
@@ -54,6 +55,8 @@ class UnifiedTextToImagePipeline(UnifiedPipeline):
             guidance_scale: g in u + g (c - u); 1.0 is off and costs no second forward.
             guidance_start: Share of the steps after which guidance begins.
             guidance_stop: Share of the steps after which guidance ends.
+            guidance_schedule: `constant`, `linear` or `cosine`; with the last two the scale goes
+                from 1 in the first guided step to `guidance_scale` in the last.
             num_images_per_prompt: Pictures of each prompt, side by side in the result.
             generator: One generator, or one per picture.
             output_type: `pil`, `np`, `pt` or `codes`.
@@ -68,7 +71,7 @@ class UnifiedTextToImagePipeline(UnifiedPipeline):
         prompts = as_texts("prompt", prompt)
         check_count("num_inference_steps", num_inference_steps)
         check_count("num_images_per_prompt", num_images_per_prompt)
-        check_guidance(guidance_scale, guidance_start, guidance_stop)
+        check_guidance(guidance_scale, guidance_start, guidance_stop, guidance_schedule)
         check_output_type(output_type)
         negative = None
         if negative_prompt is not None:
@@ -85,6 +88,7 @@ class UnifiedTextToImagePipeline(UnifiedPipeline):
             branches=classifier_free(unconditional, guidance_scale),
             guidance_start=guidance_start,
             guidance_stop=guidance_stop,
+            guidance_schedule=guidance_schedule,
             callback_on_step_end=callback_on_step_end,
             callback_on_step_end_tensor_inputs=callback_on_step_end_tensor_inputs,
         )
@@ -93,6 +97,7 @@ class UnifiedTextToImagePipeline(UnifiedPipeline):
             "guidance_scale": guidance_scale,
             "guidance_start": guidance_start,
             "guidance_stop": guidance_stop,
+            "guidance_schedule": guidance_schedule,
         }
         recipes = partial(
             self._recipes,

@@ -158,15 +158,36 @@ def test_a_forward_computes_the_open_block_and_what_has_just_closed():
     assert min(blocks.count(block) for block in (1, 2, 3)) >= 2
 
 
-def test_a_forward_writes_its_states_in_their_places():
+@pytest.mark.parametrize("shift", [0, 1])
+def test_a_forward_writes_its_states_in_their_places(shift):
     """It copies no state that it did not compute: the states of a run are one tensor."""
-    model, cache, places = tiny_model(), None, set()
+    model, cache, places = tiny_model(logits_shift=shift), None, set()
     for canvas, _ in block_run(model.vocabulary):
-        cache = cache or ExactCache(AttentionPlan.from_canvas(canvas), canvas.is_free)
-        states = run(model, canvas, kv_cache=cache)
+        plan = AttentionPlan.from_canvas(canvas)
+        cache = cache or ExactCache(plan, canvas.is_free, logits_shift=shift)
+        states = run(model, canvas, kv_cache=cache, shift_states=False)
         places.add(states.data_ptr())
         assert not states.requires_grad
     assert len(places) == 1
+
+
+def test_leaving_rows_out_copies_only_those_that_change_place():
+    model, canvas = tiny_model().double(), free_canvas(ORDERS["prefix"])
+    canvas = canvas.select_rows(torch.tensor([0, 1, 0, 1]))
+    draw = torch.Generator().manual_seed(2)
+    columns = model.vocabulary.columns("image")
+    ids = torch.randint(columns.start, columns.stop, (4, 4), generator=draw)
+    canvas = canvas.replace(input_ids=torch.cat([ids, canvas.input_ids[:, 4:]], dim=1))
+    cache = ExactCache(AttentionPlan.from_canvas(canvas), canvas.is_free)
+    run(model, canvas, kv_cache=cache)
+    before = [part.data_ptr() for pair in cache._keys_values.values() for part in pair]
+    for rows in ([0, 3, 2], [0, 2], [1]):
+        cache.select_rows(torch.tensor(rows))
+        canvas = canvas.select_rows(torch.tensor(rows))
+        cached, expected = run(model, canvas, kv_cache=cache), run(model, canvas)
+        assert (cached - expected).abs().max() <= tolerance(torch.float64, expected)
+    assert len(cache.kept) == 4
+    assert [part.data_ptr() for pair in cache._keys_values.values() for part in pair] == before
 
 
 def test_a_canvas_changed_behind_its_back_starts_it_anew():

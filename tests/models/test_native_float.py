@@ -113,9 +113,9 @@ def test_extreme_gates_stay_finite(value):
     panels = float32.pack(w_in), float32.pack(w_out)
     found = float32.float_mlp(states, factor, shift, gate, rows, *panels, EPS)
     silu = F.silu(torch.tensor(value)).expand(4, INNER)
-    assert torch.allclose(
-        found, states + gate[rows.long()] * (silu @ w_out.t()), rtol=1e-5, atol=1e-5
-    )
+    expected = states + gate[rows.long()] * (silu @ w_out.t())
+    # Sums of as large numbers may cancel.
+    assert torch.allclose(found, expected, rtol=1e-5, atol=1e-5 * max(1.0, abs(value)))
 
 
 @torch.no_grad()

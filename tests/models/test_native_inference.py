@@ -65,9 +65,10 @@ def test_a_model_is_as_near_to_float64_as_plain_bf16(options):
 def test_frozen_weights_and_autocast_run_natively():
     canvas = make_canvas(ORDER)
     model = tiny_model(**WIDE).requires_grad_(False)
-    assert not operators(model, canvas)  # float32
+    parts = {"mlp_inference", "attention_inference"}
+    assert not operators(model, canvas) & parts  # float32 has kernels of its own.
     with torch.autocast("cpu", torch.bfloat16):
-        assert operators(model, canvas) == {"mlp_inference", "attention_inference"}
+        assert operators(model, canvas) == parts
 
 
 def changed_in_place(weight):

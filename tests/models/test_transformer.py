@@ -169,6 +169,8 @@ def test_previous_states_skip_padding():
     padding = torch.tensor([[False, False, True, True, False, False]])
     shifted = previous_states(states, padding)[0, :, 0]
     assert shifted[[0, 1, 4, 5]].tolist() == [0, 0, 1, 4]
+    first = previous_states(states, padding.roll(-2, dims=1))[0, :, 0]
+    assert first[2:].tolist() == [2, 2, 3, 4]  # Padding before the start is not read either.
 
 
 @pytest.mark.parametrize("options", [{}, {"qkv_bias": True, "qk_norm": True}])

@@ -206,17 +206,30 @@ def test_a_shared_prefix_is_computed_once_for_all_rows_and_calls():
     run(again, batch)
     assert again.columns[0] == (4, ANSWER)
     again.hook.remove()
-    for change in ("in place", "behind its back"):
+    for change in ("in place", "behind its back", "one half behind its back"):
         weight = model.blocks[0].attn.to_qkv.weight
         if change == "in place":
             with torch.no_grad():
                 weight.mul_(1.01)
         else:
-            weight.data *= 1.01
+            weight.data[len(weight) // 2 if change.startswith("one half") else 0 :] *= 1.01
         fresh = Checked(model)
         run(fresh, batch)
         assert fresh.columns[0] == (2, CONDITION), change
         fresh.hook.remove()
+
+
+@pytest.mark.parametrize("shift", [0, 1])
+def test_the_states_of_a_run_are_one_tensor(shift):
+    """The loop picks what it reads of them; also shifted states are not copied to be read."""
+    model = tiny_model(logits_shift=shift)
+    model.enable_cache(ExactCacheConfig())
+    places = set()
+    model.register_forward_hook(
+        lambda _, inputs, output: places.add(output.hidden_states.data_ptr())
+    )
+    assert run(model, make_canvas(model.vocabulary, PLANS["causal"])).num_forwards == ANSWER
+    assert len(places) == 1
 
 
 def test_only_so_many_prefixes_are_kept():
@@ -229,7 +242,10 @@ def test_only_so_many_prefixes_are_kept():
 
 @pytest.mark.parametrize("cached", [False, True])
 def test_finished_rows_are_not_computed(cached):
-    """A forward holds the rows that still have a free mask; results are those of single calls."""
+    """A forward holds the rows that still have a free mask and no others, with a cache too.
+
+    Results are those of single calls.
+    """
     model = tiny_model()
     canvas = make_canvas(model.vocabulary, PLANS["blocks"])
     ids = canvas.input_ids.clone()
@@ -239,11 +255,17 @@ def test_finished_rows_are_not_computed(cached):
     if cached:
         model.enable_cache(ExactCacheConfig())
     checked = Checked(model)
-    found = run(checked, canvas).canvas
-    rows = [count for count, _ in checked.columns]
-    assert rows[0] == 3
-    assert rows[-1] == 1
-    assert rows == sorted(rows, reverse=True)
+    unfinished = [3]
+
+    def count(step, timestep, now):
+        is_masked = model.vocabulary.is_masked(now.input_ids)
+        unfinished.append(int(is_masked.any(dim=1).sum()))
+        return now
+
+    found = run(checked, canvas, callback=count).canvas
+    assert [rows for rows, _ in checked.columns] == unfinished[:-1]
+    assert {3, 2, 1} == set(unfinished[:-1])
+    assert unfinished[-1] == 0
     checked.hook.remove()
     model.disable_cache()
     for row in range(3):

@@ -5,9 +5,7 @@ import contextlib
 import pytest
 import torch
 
-from multimodal_dlm.canvas import noise_levels
 from multimodal_dlm.errors import CanvasError, ConfigError
-from multimodal_dlm.models.attention_plan import AttentionPlan
 from multimodal_dlm.models.kv_cache import ExactCacheConfig
 from multimodal_dlm.pipelines import UnifiedTextToImagePipeline, denoise
 from multimodal_dlm.pipelines.guidance import (
@@ -17,7 +15,6 @@ from multimodal_dlm.pipelines.guidance import (
     conditional_only,
 )
 from multimodal_dlm.pipelines.noise_groups import noise_groups, stage_steps
-from multimodal_dlm.pipelines.randomness import group_generators
 from multimodal_dlm.schedulers import ConfidenceScheduler
 
 
@@ -285,49 +282,6 @@ def test_a_row_does_not_depend_on_how_long_its_other_group_took(pipe):
 
 def guided(pipe, scale):
     return classifier_free(pipe.processor.unconditional, scale)
-
-
-def test_every_guided_step_equals_the_manual_loop(pipe):
-    """u + g (c - u) of the canvas of the step before, computed and committed here by hand."""
-    canvas = pipe.processor.text_to_image(["a red apple", "a green pear"])
-    _, seen = recorded(pipe, canvas, branches=guided(pipe, 2.5), seeds=[5, 6])
-    vocabulary = pipe.transformer.vocabulary
-    window = pipe.processor.image_windows[0]
-    part = canvas.window_slice(window)
-
-    def logits(branch):
-        states = pipe.transformer(
-            branch.input_ids,
-            noise_levels=noise_levels(branch, vocabulary),
-            modality_ids=branch.modality_ids,
-            position_ids=branch.position_ids,
-            attention_plan=AttentionPlan.from_canvas(branch),
-        ).hidden_states[:, branch.window_slice(window)]
-        return pipe.transformer.compute_logits(states, "image")
-
-    is_free = canvas.is_free[:, part]
-    scheduler = ConfidenceScheduler()
-    scheduler.set_timesteps(6)
-    state = scheduler.begin(
-        vocabulary.to_columns(canvas.input_ids[:, part], "image"), is_free, "image"
-    )
-    generators = group_generators([5, 6], 1)[0]
-    assert len(seen) == 6
-    for timestep, before, after in zip(scheduler.timesteps, [canvas, *seen], seen, strict=False):
-        with torch.no_grad():
-            c, u = logits(before), logits(pipe.processor.unconditional(before))
-        stepped = scheduler.step(
-            u + 2.5 * (c - u),
-            timestep,
-            vocabulary.to_columns(before.input_ids[:, part], "image"),
-            state=state,
-            is_free=is_free,
-            generator=generators,
-        )
-        expected = vocabulary.from_columns(stepped.prev_sample, "image")
-        assert torch.equal(after.input_ids[:, part], expected)
-    unguided = recorded(pipe, canvas, seeds=[5, 6])[1]
-    assert not torch.equal(unguided[-1].input_ids, seen[-1].input_ids)
 
 
 def test_combine_is_the_weighted_sum_in_float32():

@@ -33,16 +33,18 @@ def test_recipe_in_the_file_draws_the_same_picture(draw, tmp_path):
         negative_prompt="a blue circle",
         num_inference_steps=5,
         guidance_stop=0.8,
+        guidance_schedule="linear",
         generator=shared,
     ).images
     path = save_image(images[1], tmp_path / "made" / "pear.png")
     recipe = read_recipe(path)
     assert recipe["prompt"] == "a green pear"
     assert recipe["negative_prompt"] == "a blue circle"
+    assert recipe["guidance_schedule"] == "linear"
     assert recipe["pipeline"] == "UnifiedTextToImagePipeline"
     assert recipe["model_fingerprint"] == draw.model_fingerprint
     names = ("prompt", "negative_prompt", "num_inference_steps", "guidance_scale")
-    names += ("guidance_start", "guidance_stop")
+    names += ("guidance_start", "guidance_stop", "guidance_schedule")
     again = draw(
         **{name: recipe[name] for name in names}, generator=RowSeeds((recipe["row_seed"],))
     )

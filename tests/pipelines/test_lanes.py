@@ -30,7 +30,7 @@ def shortened(vocabulary):
     """The branch whose condition is two masks."""
 
     def build(canvas):
-        short = canvas.select_columns(slice(CONDITION - 2, None))
+        short = canvas.select_columns(slice(canvas.window_slice(2).start - 2, None))
         is_condition = short.window_ids == 1
         places = torch.arange(1, short.length + 1).expand_as(short.input_ids)
         return short.replace(
@@ -139,6 +139,34 @@ def test_a_run_of_stacked_branches_is_that_of_separate_ones(plan, shift, interva
     # A causal stage has one step, its first.
     is_guided = plan != "causal" or interval[0] == 0.0
     assert (expected.num_forwards > expected.num_steps) == is_guided
+
+
+@pytest.mark.parametrize("shift", [0, 1])
+def test_a_prefix_is_computed_once_whatever_stands_beside_it(shift):
+    """The unconditional one once per model; a prompt is found again beside a longer one."""
+    model = tiny_model(logits_shift=shift).double()
+    both = make_canvas(model.vocabulary, PLANS["prefix"], (5, 3))
+    long, short = (both.select_rows(slice(row, row + 1)) for row in (0, 1))
+    short = short.select_columns(~short.is_padding[0])
+    canvases = (long, short, both)
+    expected = [run(model, canvas) for canvas in canvases]
+    model.enable_cache(ExactCacheConfig())
+    shapes = []
+    hook = model.blocks[0].register_forward_pre_hook(
+        lambda _, inputs: shapes.append(tuple(inputs[0].shape[:2]))
+    )
+    first = (
+        [(2, CONDITION + ANSWER)],
+        [(1, 3), (2, ANSWER)],  # Of the condition only the new prompt.
+        [(4, ANSWER)],
+    )
+    for canvas, whole, begun in zip(canvases, expected, first, strict=True):
+        shapes.clear()
+        found = run(model, canvas)
+        assert shapes[: len(begun)] == begun
+        assert {length for _, length in shapes[len(begun) :]} == {ANSWER}
+        assert torch.equal(found.canvas.input_ids, whole.canvas.input_ids)
+    hook.remove()
 
 
 @pytest.mark.parametrize("is_guided", [False, True])

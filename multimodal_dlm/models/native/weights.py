@@ -41,6 +41,14 @@ def are_bare(layers: Iterable[nn.Module], *dtypes: torch.dtype) -> bool:
     )
 
 
+def sample(weight: Tensor) -> Float[Tensor, " sampled"]:
+    """About `NUM_SAMPLED` values from all over a weight, as a view of it where it is contiguous."""
+    flat = weight.detach().contiguous().view(-1)
+    step = max(1, flat.numel() // NUM_SAMPLED)
+    columns = max(1, weight.shape[-1:].numel())
+    return flat[:: step + (step % columns == 0)]  # Of many columns, not of one.
+
+
 class Layout(NamedTuple):
     """How kernels read a weight.
 
@@ -91,12 +99,10 @@ class PackedWeights:
             or kept.sample.dtype != weight.dtype
             or not torch.equal(kept.sample, kept.sampled)
         ):
-            flat = weight.detach().contiguous().view(-1)
-            step = max(1, flat.numel() // NUM_SAMPLED)
-            sample = flat[:: step + (step % weight.shape[-1] == 0)]  # Of many columns, not of one.
+            view = sample(weight)
             panels = layout.pack(weight)
             pointer = weight.data_ptr()
-            kept = _Packed(layout, version, pointer, sample, sample.clone(), panels)
+            kept = _Packed(layout, version, pointer, view, view.clone(), panels)
             self._kept[place] = kept
         return kept.panels
 
