@@ -5,6 +5,7 @@ same for all of them is here. A scheduler keeps configuration and timesteps only
 to one run is in the `SchedulerState` that `begin` opens and `step` requires.
 """
 
+import math
 from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -361,17 +362,22 @@ class DiscreteScheduler(SchedulerMixin, ConfigMixin):
     ) -> StepResult | None:
         """Check, plan and `_reverse`; None where the step commits nothing."""
         times = self._times(timestep, state.settings)
-        num_masked = is_masked.sum(dim=1)
-        check_logits(logits, int(num_masked.sum()))
         check_shape("is_free", is_free, tuple(sample.shape))
         check_shape("state.initial_sample", state.initial_sample, tuple(sample.shape))
         if token_quality is not None:
             check_shape("token_quality", token_quality, tuple(sample.shape))
         mask_column = logits.shape[-1]
+        was_masked = is_free & (state.initial_sample == mask_column)
+        counted = torch.stack([is_free, was_masked, is_masked])
+        num_free, num_initial, num_masked = counted.sum(dim=2).tolist()
+        check_logits(logits, sum(num_masked))
         check_length_rule(state.modality, state.settings, mask_column)
         if not (times.has_begun and len(logits)):
             return None
-        planned = _planned_counts(state, is_free, mask_column, times)
+        planned = _planned_counts(state, num_initial, mask_column, times)
+        num_left = [
+            max(min(left, now - 1), 0) for left, now in zip(planned, num_masked, strict=True)
+        ]
         return self._reverse(
             StepInput(
                 logits=logits,
@@ -379,8 +385,10 @@ class DiscreteScheduler(SchedulerMixin, ConfigMixin):
                 is_masked=is_masked,
                 is_free=is_free,
                 allowed=allowed_at(allowed, is_masked, mask_column),
-                uniforms=self._draw_uniforms(generator, is_free, is_masked, state.settings),
-                num_left=torch.minimum(planned, num_masked - 1).clamp(min=0),
+                uniforms=self._draw_uniforms(
+                    generator, is_free, num_free, is_masked, state.settings
+                ),
+                num_left=torch.tensor(num_left, device=sample.device),
                 times=times,
                 settings=state.settings,
                 memory=state.memory,
@@ -409,6 +417,7 @@ class DiscreteScheduler(SchedulerMixin, ConfigMixin):
         self,
         generator: torch.Generator | Sequence[torch.Generator] | None,
         is_free: Bool[Tensor, "batch seq"],
+        num_free: Sequence[int],
         is_masked: Bool[Tensor, "batch seq"],
         settings: ModalitySettings,
     ) -> Float[Tensor, "batch seq 2"]:
@@ -421,19 +430,16 @@ class DiscreteScheduler(SchedulerMixin, ConfigMixin):
         if not self._needs_generator(settings):
             return uniforms
         generators = as_row_generators(generator, is_free.shape[0])
-        is_unfinished = is_masked.any(dim=1)
-        num_free = is_free.sum(dim=1).tolist()
+        is_unfinished = is_masked.any(dim=1, keepdim=True)
         draws = [
             torch.rand((count, 2), generator=own, dtype=torch.float64, device=own.device)
             for own, count, unfinished in zip(
-                generators, num_free, is_unfinished.tolist(), strict=True
+                generators, num_free, is_unfinished.flatten().tolist(), strict=True
             )
             if unfinished
         ]
-        if draws:
-            where = is_free & is_unfinished[:, None]
-            uniforms[where] = torch.cat([draw.to(is_free.device) for draw in draws])
-        return uniforms
+        drawn = torch.cat([draw.to(is_free.device) for draw in draws])
+        return uniforms.masked_scatter_((is_free & is_unfinished)[..., None], drawn)
 
 
 def _taken(
@@ -448,26 +454,21 @@ def _taken(
 
 
 def _planned_counts(
-    state: SchedulerState,
-    is_free: Bool[Tensor, "batch seq"],
-    mask_column: int,
-    times: StepTimes,
-) -> Int[Tensor, " batch"]:
-    """Positions left masked after the step.
+    state: SchedulerState, num_initial: Sequence[int], mask_column: int, times: StepTimes
+) -> list[int]:
+    """Positions left masked after the step, in each row.
 
     floor(N0 (1 - alpha)), in float64 with +1e-9; or what the step plan of a profile leaves, where
     the group's known tokens count as known. (A block is planned as a window of its own.)
     """
-    initial = (is_free & (state.initial_sample == mask_column)).sum(dim=1)
     profile = state.settings.step_profile
     if profile is None:
-        return torch.floor(initial.to(torch.float64) * times.masked_share + 1e-9).long()
+        return [math.floor(count * times.masked_share + 1e-9) for count in num_initial]
     known = (state.initial_sample < mask_column).sum(dim=1)
-    left = [
+    return [
         count
         - sum(plan_steps(profile, count, times.num_steps, num_known=num_known)[: times.num_done])
         if count
         else 0
-        for count, num_known in zip(initial.tolist(), known.tolist(), strict=True)
+        for count, num_known in zip(num_initial, known.tolist(), strict=True)
     ]
-    return torch.tensor(left, dtype=torch.long, device=initial.device)

@@ -61,9 +61,9 @@ def allowed_at(
             f"`allowed` must be broadcastable to {shape} (batch, positions, columns); got"
             f" {tuple(allowed.shape)}."
         ) from error
-    is_stuck = ~picked.any(dim=-1)
-    if bool(is_stuck.any()):
-        row, position = is_masked.nonzero()[is_stuck][0].tolist()
+    has_column = picked.any(dim=-1)
+    if not bool(has_column.all()):
+        row, position = is_masked.nonzero()[~has_column][0].tolist()
         raise ConfigError(
             "`allowed` must leave at least one column at every masked free position; got none at"
             f" row {row}, position {position}. Allow a column there or make it not free."

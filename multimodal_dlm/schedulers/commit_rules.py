@@ -45,10 +45,8 @@ class Candidates:
         self, values: Float[Tensor, " masked"], elsewhere: float
     ) -> Float[Tensor, "batch seq"]:
         """Values of the masked positions in the shape of the canvas, float64."""
-        full = torch.full(self.is_masked.shape, elsewhere, dtype=torch.float64)
-        full = full.to(values.device)
-        full[self.is_masked] = values.to(torch.float64)
-        return full
+        full = values.new_full(self.is_masked.shape, elsewhere, dtype=torch.float64)
+        return full.masked_scatter_(self.is_masked, values.to(torch.float64))
 
 
 @dataclass(frozen=True)

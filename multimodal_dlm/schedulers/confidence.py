@@ -61,26 +61,20 @@ class ConfidenceScheduler(DiscreteScheduler):
         )
 
     def _reverse_window(self, step: StepInput, eos: int, fill: int) -> StepResult:
-        everywhere = torch.ones_like(step.is_masked)
-        allowed = step.allowed
         window = TextWindow(
             sample=step.sample,
             is_masked=step.is_masked,
             eos=eos,
             fill=fill,
             mask_column=step.mask_column,
+            may_be_eos=_may_be(eos, step),
+            may_be_fill=_may_be(fill, step),
             ends_window=step.ends_window,
-            may_be_eos=_spread(everywhere, step.is_masked, allowed, eos),
-            may_be_fill=_spread(everywhere, step.is_masked, allowed, fill),
-        ).filled()
-        is_left = window.is_masked[step.is_masked]
-        possible, drawable = window.restrict(
-            step.possible[is_left],
-            None if allowed is None else allowed[is_left],
         )
+        possible, drawable = window.restrict(step.possible, step.allowed)
         proposal = propose(
-            window.sample,
-            window.is_masked,
+            window.filled,
+            window.is_waiting,
             possible,
             drawable,
             settings=step.settings,
@@ -88,8 +82,13 @@ class ConfidenceScheduler(DiscreteScheduler):
         )
         scores = self._scores(step, proposal)
         chosen = self._chosen(step, proposal, scores)
-        window = window.commit(proposal.columns, scores, chosen.is_sure, is_last=step.times.is_last)
-        return StepResult(prev_sample=window.sample, proposal=proposal, memory=chosen.memory)
+        return StepResult(
+            prev_sample=window.commit(
+                proposal.columns, scores, chosen.is_sure, is_last=step.times.is_last
+            ),
+            proposal=proposal,
+            memory=chosen.memory,
+        )
 
     def _chosen(
         self, step: StepInput, proposal: Proposal, scores: Float[Tensor, "batch seq"]
@@ -130,13 +129,8 @@ def _best(
     return is_masked & (rank_descending(scores) < count[:, None])
 
 
-def _spread(
-    everywhere: Bool[Tensor, "batch seq"],
-    is_masked: Bool[Tensor, "batch seq"],
-    allowed: Bool[Tensor, "masked columns"] | None,
-    column: int,
-) -> Bool[Tensor, "batch seq"]:
-    """Positions that may take a column; True where not masked."""
-    return (
-        everywhere if allowed is None else everywhere.masked_scatter(is_masked, allowed[:, column])
-    )
+def _may_be(column: int, step: StepInput) -> Bool[Tensor, "batch seq"]:
+    """Masked positions that may take a column."""
+    if step.allowed is None:
+        return step.is_masked
+    return step.is_masked.masked_scatter(step.is_masked, step.allowed[:, column])

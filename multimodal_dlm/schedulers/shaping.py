@@ -53,28 +53,33 @@ def draw_columns(
     shares = shaped.softmax(dim=-1)
     count = shares.shape[-1]
     num_whole = count // _BLOCK
-    whole, rest = shares.split([num_whole * _BLOCK, count - num_whole * _BLOCK], dim=-1)
-    sums = [whole.unflatten(-1, (num_whole, _BLOCK)).sum(dim=-1), rest.sum(dim=-1, keepdim=True)]
-    ends = torch.cat(sums, dim=-1).to(torch.float64).cumsum(dim=-1)
+    whole = shares[:, : num_whole * _BLOCK]
+    sums = whole.unflatten(-1, (num_whole, _BLOCK)).sum(dim=-1)
+    if count % _BLOCK:
+        rest = shares[:, num_whole * _BLOCK :].sum(dim=-1, keepdim=True)
+        sums = torch.cat([sums, rest], dim=-1)
+    ends = sums.cumsum(dim=-1, dtype=torch.float64)
     level = uniforms[:, None] * ends[:, -1:]
     block = _first_above(ends, level)
     before = torch.nn.functional.pad(ends[:, :-1], (1, 0)).gather(-1, block)
     columns = block * _BLOCK + torch.arange(_BLOCK, device=block.device)
-    inside = shares.gather(-1, columns.clamp(max=count - 1)).masked_fill(columns >= count, 0.0)
-    place = _first_above(inside.to(torch.float64).cumsum(dim=-1), level - before)
+    if count % _BLOCK:
+        inside = shares.gather(-1, columns.clamp(max=count - 1)).masked_fill(columns >= count, 0.0)
+    else:
+        inside = shares.gather(-1, columns)
+    place = _first_above(inside.cumsum(dim=-1, dtype=torch.float64), level - before)
     return columns.gather(-1, place).squeeze(-1)
 
 
 def _first_above(
     cumulative: Float[Tensor, "rows columns"], level: Float[Tensor, "rows 1"]
 ) -> Int[Tensor, "rows 1"]:
-    """First column whose cumulative sum is above the level.
+    """First column whose cumulative sum, float64, is above the level.
 
     The level is kept below the total, so that a column of probability 0 at the end is never found.
     """
-    total = cumulative[:, -1:]
-    level = torch.minimum(level, torch.nextafter(total, total.new_zeros(())))
-    return torch.searchsorted(cumulative, level, right=True)
+    next_below_total = cumulative[:, -1:] * (1.0 - 2.0**-53)
+    return torch.searchsorted(cumulative, torch.minimum(level, next_below_total), right=True)
 
 
 def gumbel_noise(uniforms: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
@@ -84,6 +89,4 @@ def gumbel_noise(uniforms: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
 
 def rank_descending(scores: Float[Tensor, "batch seq"]) -> Int[Tensor, "batch seq"]:
     """Rank of each score in its row, 0 the highest; the left one of equals comes first."""
-    order = scores.argsort(dim=-1, descending=True, stable=True)
-    ranks = torch.arange(scores.shape[-1], device=scores.device).expand_as(order)
-    return torch.empty_like(order).scatter_(-1, order, ranks)
+    return scores.argsort(dim=-1, descending=True, stable=True).argsort(dim=-1)

@@ -4,7 +4,7 @@
 caller's `allowed` forbids is never written, even where the rule would write it.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 
 import torch
@@ -22,8 +22,8 @@ class TextWindow:
         eos: Column of `<eos>`.
         fill: Column of `<fill>`.
         mask_column: V.
-        may_be_eos: The caller allows `<eos>` at this position.
-        may_be_fill: The caller allows `<fill>` at this position.
+        may_be_eos: Masked positions where the caller allows `<eos>`.
+        may_be_fill: Masked positions where the caller allows `<fill>`.
         ends_window: False where a later block goes on with the window: it need not end here.
     """
 
@@ -42,36 +42,30 @@ class TextWindow:
 
         Left of a known `<eos>` a second one, or a `<fill>`, would break the window as well.
         """
-        return any_right((self.sample != self.mask_column) & (self.sample != self.fill))
+        return any_right(self._is_text)
 
     @property
     def is_end(self) -> Bool[Tensor, "batch seq"]:
         """The last place for an `<eos>` in rows that have none: content may not stand here."""
-        if not self.ends_window:
-            return torch.zeros_like(self.is_masked)
-        is_void = (self.sample == self.mask_column) & ~self.is_masked
-        is_known_fill = self.sample == self.fill
-        may_end = ~(is_void | is_known_fill | any_left(is_known_fill))
-        has_no_eos = ~(self.sample == self.eos).any(dim=1, keepdim=True)
-        is_end = may_end & ~any_right(may_end) & has_no_eos
-        return is_end & self.is_masked & ~self.is_before_text
+        is_open = without(self.is_masked, self._is_closed)
+        return without(is_open, any_right(is_open | self._is_text))
 
-    def filled(self) -> "TextWindow":
-        """The window with `<fill>` at every mask right of the first known `<eos>` or `<fill>`."""
-        is_closed = any_left((self.sample == self.eos) | (self.sample == self.fill))
-        is_filled = self.is_masked & is_closed & self.may_be_fill
-        return replace(
-            self,
-            sample=self.sample.masked_fill(is_filled, self.fill),
-            is_masked=self.is_masked & ~is_filled,
-        )
+    @cached_property
+    def is_waiting(self) -> Bool[Tensor, "batch seq"]:
+        """Masks that stay when those right of the first known `<eos>` or `<fill>` are filled."""
+        return without(self.is_masked, self._is_closed & self.may_be_fill)
+
+    @cached_property
+    def filled(self) -> Int[Tensor, "batch seq"]:
+        """Columns with `<fill>` at every mask that is not waiting."""
+        return self.sample.masked_fill(without(self.is_masked, self.is_waiting), self.fill)
 
     def restrict(
         self,
         logits: Float[Tensor, "masked columns"],
         allowed: Bool[Tensor, "masked columns"] | None,
-    ) -> tuple[Float[Tensor, "masked columns"], Float[Tensor, "masked columns"]]:
-        """Logits of the columns that are possible, and of those that may be drawn.
+    ) -> tuple[Float[Tensor, "waiting columns"], Float[Tensor, "waiting columns"]]:
+        """Logits of the columns that are possible, and of those that may be drawn, where waiting.
 
         Neither `<eos>` nor `<fill>` is possible left of known text, and nothing else is drawn at
         the end; both only where something `allowed` is left.
@@ -80,16 +74,21 @@ class TextWindow:
             logits: At the masked positions, -inf in columns that are not allowed.
             allowed: Columns the caller allows there; None for all.
         """
-        is_content = logits.new_ones(logits.shape[1], dtype=torch.bool)
-        closers = torch.tensor([self.eos, self.fill], device=logits.device)
-        is_content[closers] = False
-        is_before, is_end = self.is_before_text[self.is_masked], self.is_end[self.is_masked]
+        low, high = sorted((self.eos, self.fill))
+        closers = slice(low, high + 1, high - low)  # These two columns.
+        rows = self.is_waiting[self.is_masked].nonzero().flatten()
+        is_before, is_end = self.is_before_text[self.is_waiting], self.is_end[self.is_waiting]
         if allowed is not None:
-            is_before = is_before & (allowed & is_content).any(dim=1)
-            is_end = is_end & allowed[:, closers].any(dim=1)
-        closing = logits[:, closers].masked_fill(is_before[:, None], -torch.inf)
-        possible = logits.index_copy(1, closers, closing)
-        return possible, possible.masked_fill(is_end[:, None] & is_content, -torch.inf)
+            num_allowed = allowed[rows].sum(dim=1)
+            num_closing = allowed[rows, closers].sum(dim=1)
+            is_before, is_end = is_before & (num_allowed > num_closing), is_end & (num_closing > 0)
+        possible = logits.index_select(0, rows)
+        possible[:, closers].masked_fill_(is_before[:, None], -torch.inf)
+        if not self.ends_window:
+            return possible, possible
+        drawable = possible.index_fill(0, is_end.nonzero().flatten(), -torch.inf)
+        drawable[:, closers] = possible[:, closers]
+        return possible, drawable
 
     def commit(
         self,
@@ -98,31 +97,52 @@ class TextWindow:
         is_chosen: Bool[Tensor, "batch seq"],
         *,
         is_last: bool,
-    ) -> "TextWindow":
+    ) -> Int[Tensor, "batch seq"]:
         """Commit the chosen tokens the rule lets stand, at least one in each unfinished row.
 
         Args:
-            columns: Drawn token of each masked position.
-            scores: Confidence of each masked position; the higher the earlier.
-            is_chosen: Positions the plan takes in this step, all of them at the last step.
+            columns: Drawn token of each waiting position.
+            scores: Confidence of each waiting position; the higher the earlier.
+            is_chosen: Positions the plan takes in this step, all that wait at the last step.
             is_last: The run ends with this step: nothing may be held back.
+
+        Returns:
+            Columns after the step, with `<fill>` at the masks right of a committed `<eos>`.
         """
         is_fill, is_eos = columns == self.fill, columns == self.eos
         if is_last:
-            is_closing = self.is_masked & (is_eos | (is_fill & self._may_close))
+            is_closing = self.is_waiting & (is_eos | (is_fill & self._may_close))
             columns = columns.masked_fill(first(is_closing), self.eos)
-            return self._write(columns, self.is_masked & ~any_left(is_closing), is_last=True)
-        is_standing = is_chosen & ~(is_fill | any_left(is_chosen & is_eos))
-        is_stuck = self.is_masked.any(dim=1) > is_standing.any(dim=1)
-        if bool(is_stuck.any()):
-            columns, freed = self._free(columns, scores, self.is_masked & ~is_fill)
-            is_standing = is_standing | (freed & is_stuck[:, None])
-        return self._write(columns, is_standing, is_last=False)
+            is_written, is_closed = self.is_waiting, any_left(is_closing)
+        else:
+            is_closed = any_left(is_chosen & is_eos)
+            is_written = without(is_chosen, is_fill | is_closed)
+            is_stuck = without(self.is_waiting.any(dim=1), is_written.any(dim=1))
+            if any(is_stuck.tolist()):
+                columns, freed = self._free(columns, scores, without(self.is_waiting, is_fill))
+                is_written = is_written | (freed & is_stuck[:, None])
+                is_closed = any_left(is_written & self._closes(columns))
+        written = torch.where(is_written, columns, self.filled)
+        return written.masked_fill(self.is_waiting & is_closed & self.may_be_fill, self.fill)
+
+    @cached_property
+    def _is_text(self) -> Bool[Tensor, "batch seq"]:
+        """Known tokens that are not `<fill>`."""
+        return (self.sample != self.mask_column) & (self.sample != self.fill)
+
+    @cached_property
+    def _is_closed(self) -> Bool[Tensor, "batch seq"]:
+        """Right of the first known `<eos>` or `<fill>`."""
+        return any_left(self._closes(self.sample))
 
     @property
     def _may_close(self) -> Bool[Tensor, "batch seq"]:
         """Positions that could take `<eos>`."""
-        return self.may_be_eos & ~self.is_before_text
+        return without(self.may_be_eos, self.is_before_text)
+
+    def _closes(self, columns: Int[Tensor, "batch seq"]) -> Bool[Tensor, "batch seq"]:
+        """Where `<eos>` or `<fill>` stands."""
+        return (columns == self.eos) | (columns == self.fill)
 
     def _free(
         self,
@@ -138,32 +158,18 @@ class TextWindow:
         best = scores.masked_fill(~is_content, -torch.inf).argmax(dim=1, keepdim=True)
         is_best = torch.zeros_like(is_content).scatter_(1, best, True)
         has_none = ~is_content.any(dim=1, keepdim=True)
-        is_place = self.is_masked & self._may_close
+        is_place = self.is_waiting & self._may_close
         is_closing = has_none & first(is_place)
-        is_forced = has_none & ~is_place.any(dim=1, keepdim=True) & first(self.is_masked)
+        is_forced = has_none & ~is_place.any(dim=1, keepdim=True) & first(self.is_waiting)
         freed = (is_best & is_content) | is_closing | is_forced
         return columns.masked_fill(is_closing, self.eos), freed
 
-    def _write(
-        self,
-        columns: Int[Tensor, "batch seq"],
-        is_written: Bool[Tensor, "batch seq"],
-        *,
-        is_last: bool,
-    ) -> "TextWindow":
-        """Write tokens, fill what is right of `<eos>`, and at the last step whatever is left."""
-        written = replace(
-            self,
-            sample=torch.where(is_written, columns, self.sample),
-            is_masked=self.is_masked & ~is_written,
-        ).filled()
-        if not is_last:
-            return written
-        return replace(
-            written,
-            sample=torch.where(written.is_masked, columns, written.sample),
-            is_masked=torch.zeros_like(written.is_masked),
-        )
+
+def without(
+    flags: Bool[Tensor, "*shape"], others: Bool[Tensor, "*shape"]
+) -> Bool[Tensor, "*shape"]:
+    """The flags that are not among the others."""
+    return flags > others
 
 
 def any_left(flags: Bool[Tensor, "batch seq"]) -> Bool[Tensor, "batch seq"]:
@@ -179,4 +185,4 @@ def any_right(flags: Bool[Tensor, "batch seq"]) -> Bool[Tensor, "batch seq"]:
 
 def first(flags: Bool[Tensor, "batch seq"]) -> Bool[Tensor, "batch seq"]:
     """Only the leftmost flag of each row."""
-    return flags & ~any_left(flags)
+    return without(flags, any_left(flags))
