@@ -217,9 +217,6 @@ def methods(block: Any, causal: Any, threshold: float | None) -> list[Method]:
     ]
 
 
-# Measuring.
-
-
 def call(method: Method, prompts: list[str], result: Result, number: int) -> None:
     """One timed call."""
     counts = Counts()
@@ -268,7 +265,7 @@ def measure(
     return {name: result for name, result in results.items() if result.seconds}, skipped
 
 
-def spread(values: Sequence[float]) -> dict[str, float]:
+def spread(values: Sequence[float] | np.ndarray) -> dict[str, float]:
     """Median and quartiles."""
     low, middle, high = np.percentile(values, [25, 50, 75])
     return {"median": float(middle), "q1": float(low), "q3": float(high)}
@@ -317,35 +314,48 @@ def row(cell: Cell, name: str, result: Result, work: Work) -> dict[str, Any]:
 
 
 def ratios(results: dict[str, Result], name: str, work: Work) -> dict[str, Any]:
-    """The headline beside a method, call by call on the same prompts.
+    """The headline beside a method, call by call on the same prompts, and task by task.
 
     Returns:
-        Tokens a second over those of the method, and how many more of the same questions (share)
-        are answered right to the word, with the interval of that difference.
+        Tokens a second over those of the method, and the difference in the share of answers that
+        are right to the word.
     """
     ours, theirs = results[HEADLINE], results[name]
     count = min(len(ours.seconds), len(theirs.seconds))
-
-    def right(result: Result) -> np.ndarray:
-        asked = ((result.texts[n], work[n][1]) for n in range(count))
-        pairs = (pair for texts, items in asked for pair in zip(texts, items, strict=True))
-        return np.asarray([float(text == item.answer) for text, item in pairs])
-
-    difference = right(ours) - right(theirs)
-
-    def speeds(result: Result, seconds: list[float]) -> np.ndarray:
-        return np.asarray(result.tokens[:count]) / np.asarray(seconds[:count])
-
+    tokens = np.asarray(ours.tokens[:count]) / np.asarray(theirs.tokens[:count])
+    whole, after = (
+        tokens * np.asarray(times[:count]) / np.asarray(own[:count])
+        for own, times in (
+            (ours.seconds, theirs.seconds),
+            (ours.decode_seconds, theirs.decode_seconds),
+        )
+    )
+    differences: dict[str, list[float]] = defaultdict(list)
+    calls: dict[str, list[int]] = defaultdict(list)
+    for number in range(count):
+        items = work[number][1]
+        task = items[0].task
+        calls[task].append(number)
+        for one, other, item in zip(ours.texts[number], theirs.texts[number], items, strict=True):
+            differences[task].append(float(one == item.answer) - float(other == item.answer))
+    every = [value for part in differences.values() for value in part]
     return {
-        "whole_call": spread(speeds(ours, ours.seconds) / speeds(theirs, theirs.seconds)),
-        "after_prompt": spread(
-            speeds(ours, ours.decode_seconds) / speeds(theirs, theirs.decode_seconds)
-        ),
-        "exact": {
-            "difference": float(difference.mean()),
-            "interval": bootstrap_interval(difference.tolist()),
-            "num_texts": len(difference),
+        "whole_call": spread(whole),
+        "after_prompt": spread(after),
+        "exact": difference(every),
+        "by_task": {
+            task: {"whole_call": spread(whole[calls[task]]), "exact": difference(values)}
+            for task, values in differences.items()
         },
+    }
+
+
+def difference(values: Sequence[float]) -> dict[str, Any]:
+    """Mean over questions of ours less theirs, with its interval."""
+    return {
+        "difference": statistics.fmean(values),
+        "interval": bootstrap_interval(values),
+        "num_texts": len(values),
     }
 
 

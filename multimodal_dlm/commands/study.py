@@ -88,6 +88,7 @@ def run_step_plan(
     data_root: str | None = None,
     points: int = 17,
     limit: int = 256,
+    skip: int = 0,
     seed: int = 0,
     check_split: str | None = None,
     output: str | None = None,
@@ -106,9 +107,11 @@ def run_step_plan(
         data_root: folder that holds the datasets' folders; null for the manifest's own folder
         points: shares of known tokens at which to measure
         limit: rows at most
-        seed: of the masks
-        check_split: another held-out split, on whose rows what plans lose is measured; null for
-            the prediction alone. One forward for each token of a window
+        skip: rows passed over first, such as those that pictures drawn by the plan are judged on
+        seed: of the orders
+        check_split: held-out split on whose rows what plans lose is measured, those after the
+            measured ones if it is the same; null for the prediction alone. One forward for each
+            token of a window
         output: JSON file for the result; null writes none
         save_scheduler: folder for the pipeline's scheduler with this profile; null writes none
         device: auto, cpu, cuda, cuda:1
@@ -125,10 +128,11 @@ def run_step_plan(
         task=task,
         num_points=points,
         limit=limit,
+        skip=skip,
         seed=seed,
         progress=lambda done, total: say(f"share {done} of {total}"),
     )
-    values = {"source": source, "split": split, "pipeline": pipeline, "seed": seed}
+    values = {"source": source, "split": split, "pipeline": pipeline, "seed": seed, "skip": skip}
     values |= asdict(profile)
     if check_split is not None:
         from multimodal_dlm.evaluation.plan_errors import measure_plan_errors
@@ -140,6 +144,7 @@ def run_step_plan(
             split=check_split,
             task=task,
             limit=limit,
+            skip=skip + limit if check_split == split else 0,
             seed=seed,
             progress=lambda done, total: say(f"checked {done} of {total} batches"),
         )

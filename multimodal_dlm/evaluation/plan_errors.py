@@ -19,7 +19,12 @@ from torch import Tensor
 from multimodal_dlm.canvas import Canvas
 from multimodal_dlm.datasets.manifest import Source
 from multimodal_dlm.errors import ConfigError
-from multimodal_dlm.evaluation.step_profile import COMPARED_STEPS, compared_plans, task_rows
+from multimodal_dlm.evaluation.step_profile import (
+    COMPARED_STEPS,
+    compared_plans,
+    random_ranks,
+    task_rows,
+)
 from multimodal_dlm.pipelines.scoring import masked_nll
 from multimodal_dlm.schedulers.step_plan import interpolate_profile, parallel_error
 
@@ -54,6 +59,7 @@ def measure_plan_errors(
     split: str,
     task: str = "text_to_image",
     limit: int = 128,
+    skip: int = 0,
     batch_size: int = 32,
     seed: int = 0,
     progress: Callable[[int, int], None] | None = None,
@@ -67,6 +73,7 @@ def measure_plan_errors(
         split: Held-out split.
         task: Which window is free; every row's must be equally long.
         limit: Rows at most.
+        skip: Rows passed over first.
         batch_size: Rows at once.
         seed: Of the orders and of the choice among captions or questions.
         progress: Called with (batches done, batches).
@@ -75,7 +82,7 @@ def measure_plan_errors(
         ConfigError: When windows differ in length, or are shorter than two tokens.
         DataError: When the split has no row for the task.
     """
-    canvases = task_rows(pipeline, source, split, task, limit, batch_size, seed)
+    canvases = task_rows(pipeline, source, split, task, limit, batch_size, seed, skip)
     lengths = {int(n) for canvas in canvases for n in canvas.is_free.sum(dim=1)}
     if len(lengths) > 1 or min(lengths) < 2:
         raise ConfigError(
@@ -95,9 +102,8 @@ def measure_plan_errors(
 
 def random_orders(canvas: Canvas, generator: torch.Generator) -> Int[Tensor, "batch tokens"]:
     """The columns of each row's free tokens in random order; every row must have equally many."""
-    draws = torch.rand(canvas.is_free.shape, generator=generator).to(canvas.device)
-    ranks = draws.masked_fill(~canvas.is_free, 2.0).argsort(dim=1)
-    return ranks[:, : int(canvas.is_free[0].sum())]
+    columns = random_ranks(canvas, generator).argsort(dim=1)
+    return columns[:, : int(canvas.is_free[0].sum())]
 
 
 def conditional_table(

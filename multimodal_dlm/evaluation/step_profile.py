@@ -7,6 +7,8 @@ from typing import Any
 
 import numpy as np
 import torch
+from jaxtyping import Float, Int
+from torch import Tensor
 
 from multimodal_dlm.canvas import Canvas
 from multimodal_dlm.datasets.manifest import Source
@@ -14,7 +16,6 @@ from multimodal_dlm.datasets.mixture import task_texts
 from multimodal_dlm.datasets.reading import iterate_samples
 from multimodal_dlm.datasets.schema import Sample
 from multimodal_dlm.diffusion.mask_schedules import get_mask_schedule
-from multimodal_dlm.diffusion.masking import exact_count_mask
 from multimodal_dlm.errors import ConfigError, DataError, unknown_name
 from multimodal_dlm.evaluation.encoding import encode_images
 from multimodal_dlm.pipelines.scoring import masked_nll
@@ -56,15 +57,17 @@ def measure_step_profile(
     task: str = "text_to_image",
     num_points: int = 17,
     limit: int = 256,
+    skip: int = 0,
     batch_size: int = 32,
     seed: int = 0,
     progress: Callable[[int, int], None] | None = None,
 ) -> StepProfile:
     """Mean cross-entropy of a masked token with a given share of its window known.
 
-    At share i / (M - 1), a row with N free tokens has round(share (N - 1)) of them known, chosen at
-    random, and the true tokens of the others are scored: an upper bound on h(j), tight for a
-    perfect model. Guidance and temperature are not part of it.
+    At share i / (M - 1), a row with N free tokens has the first round(share (N - 1)) of them known
+    in a random order, and the true tokens of the others are scored: an upper bound on h(j), tight
+    for a perfect model. A row has one order for all shares: a plan is made of differences of h, and
+    those of independent orders would be noisier. Guidance and temperature are not part of it.
 
     Args:
         pipeline: Any pipeline of this package.
@@ -73,8 +76,9 @@ def measure_step_profile(
         task: Which window is free: see `TASKS`.
         num_points: Shares M, at least 2.
         limit: Rows at most.
+        skip: Rows passed over first.
         batch_size: Rows at once.
-        seed: Of the masks and of the choice among captions or questions.
+        seed: Of the orders and of the choice among captions or questions.
         progress: Called with (points done, points).
 
     Raises:
@@ -85,13 +89,14 @@ def measure_step_profile(
         raise unknown_name("task", task, TASKS)
     if num_points < 2:
         raise ConfigError(f"`num_points` must be 2 or more; got {num_points}. Use 17.")
-    canvases = task_rows(pipeline, source, split, task, limit, batch_size, seed)
+    canvases = task_rows(pipeline, source, split, task, limit, batch_size, seed, skip)
     transformer = pipeline.transformer.eval()
     generator = torch.Generator().manual_seed(seed)
+    ranked = [(canvas, random_ranks(canvas, generator)) for canvas in canvases]
     values, errors = [], []
     for point in range(num_points):
         share = point / (num_points - 1)
-        rows = torch.cat([_row_means(transformer, c, share, generator) for c in canvases])
+        rows = torch.cat([_row_means(transformer, *pair, share) for pair in ranked])
         values.append(float(rows.mean()))
         errors.append(float(rows.std()) / len(rows) ** 0.5 if len(rows) > 1 else 0.0)
         if progress is not None:
@@ -168,6 +173,7 @@ def task_rows(
     limit: int,
     batch_size: int,
     seed: int,
+    skip: int = 0,
 ) -> list[Canvas]:
     """Clean rows of a task, in batches.
 
@@ -177,9 +183,10 @@ def task_rows(
     rng = np.random.default_rng(seed)
     has_questions = task == "vqa"
     usable = (s for s in iterate_samples(source, split) if s.record.qa or not has_questions)
-    samples = list(islice(usable, limit))
+    samples = list(islice(usable, skip, skip + limit))
     if not samples:
-        raise DataError(f"`{source.name}` has no row for task `{task}` in split `{split}`.")
+        beyond = f" beyond the first {skip}" if skip else ""
+        raise DataError(f"`{source.name}` has no row for task `{task}` in split `{split}`{beyond}.")
     batches = (samples[first : first + batch_size] for first in range(0, len(samples), batch_size))
     return [_canvas(pipeline, source, batch, task, rng) for batch in batches]
 
@@ -202,12 +209,18 @@ def _canvas(
     ).to(pipeline.device)
 
 
+def random_ranks(canvas: Canvas, generator: torch.Generator) -> Int[Tensor, "batch length"]:
+    """The place of each free token in a random order of its row's, from 0; others come later."""
+    draws = torch.rand(canvas.is_free.shape, generator=generator).to(canvas.device)
+    return draws.masked_fill(~canvas.is_free, 2.0).argsort(dim=1).argsort(dim=1)
+
+
 def _row_means(
-    transformer: Any, canvas: Canvas, share: float, generator: torch.Generator
-) -> torch.Tensor:
+    transformer: Any, canvas: Canvas, ranks: Int[Tensor, "batch length"], share: float
+) -> Float[Tensor, " batch"]:
     """Mean nll of the masked tokens of each row with a share of its free tokens known."""
     num_free = canvas.is_free.sum(dim=1)
-    counts = num_free - (share * (num_free - 1)).round().long()
-    is_target = exact_count_mask(canvas.is_free.cpu(), counts.cpu(), generator=generator)
-    is_target = is_target.to(canvas.device)
-    return (masked_nll(transformer, canvas, is_target).sum(dim=1) / counts).cpu()
+    num_known = (share * (num_free - 1)).round().long()
+    is_target = canvas.is_free & (ranks >= num_known[:, None])
+    nll = masked_nll(transformer, canvas, is_target).sum(dim=1)
+    return (nll / (num_free - num_known)).cpu()

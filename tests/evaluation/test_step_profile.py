@@ -2,6 +2,7 @@
 
 import itertools
 import math
+from itertools import pairwise
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ from multimodal_dlm.evaluation.step_profile import (
 )
 from multimodal_dlm.models.attention_plan import AttentionPlan
 from multimodal_dlm.pipelines import UnifiedTextToImagePipeline
+from multimodal_dlm.pipelines.scoring import masked_nll
 from multimodal_dlm.schedulers import ConfidenceScheduler
 from tests.pipelines.tiny import tiny_components
 from tests.schedulers.registry import masked_start, run
@@ -97,6 +99,26 @@ def test_the_same_seed_measures_the_same(pipe, source):
     options = {"split": "test", "num_points": 3, "batch_size": 2, "seed": 4}
     first = measure_step_profile(pipe, source, **options)
     assert first == measure_step_profile(pipe, source, **options)
+
+
+def test_what_is_known_only_grows_and_rows_can_be_passed_over(pipe, source, monkeypatch):
+    masks = []
+
+    def noted(model, canvas, is_target):
+        masks.append(is_target)
+        return masked_nll(model, canvas, is_target)
+
+    monkeypatch.setattr(step_profile, "masked_nll", noted)
+    options = {"split": "test", "task": "unconditional_image", "num_points": 5}
+    whole = measure_step_profile(pipe, source, **options)
+    assert [int(mask[0].sum()) for mask in masks] == [16, 12, 8, 5, 1]
+    for before, after in pairwise(masks):
+        assert bool((after <= before).all())
+    rest = measure_step_profile(pipe, source, skip=1, **options)
+    assert (whole.num_rows, rest.num_rows) == (3, 2)
+    assert rest.values[0] != whole.values[0]
+    with pytest.raises(DataError, match=r"in split `test` beyond the first 3"):
+        measure_step_profile(pipe, source, skip=3, **options)
 
 
 def test_refusals(pipe, source):
