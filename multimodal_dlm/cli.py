@@ -71,7 +71,10 @@ GROUPS = {
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one command and return its exit status: 0, 2 for a user's mistake, 1 for ours."""
+    """Run one command and return its exit status.
+
+    That is 0, 2 for a user's mistake, 1 for ours and for a report without parts that failed.
+    """
     arguments = hyphens_to_underscores(sys.argv[1:] if arguments is None else arguments)
     output_format = find_format(arguments)
     is_debug = "--debug" in arguments

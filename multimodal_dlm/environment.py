@@ -1,5 +1,6 @@
-"""Where a result was made: versions, machine, command and commit."""
+"""Where a result was made: versions, machine, command, commit and sources."""
 
+import hashlib
 import importlib.metadata
 import os
 import platform
@@ -10,7 +11,20 @@ from typing import Any
 
 import torch
 
-_PACKAGES = ("torch", "diffusers", "transformers", "accelerate", "safetensors", "numpy")
+_PACKAGES = (
+    "torch",
+    "torchvision",
+    "diffusers",
+    "transformers",
+    "tokenizers",
+    "timm",
+    "accelerate",
+    "safetensors",
+    "numpy",
+    "pillow",
+)
+_SOURCE_KINDS = (".py", ".cpp", ".h")
+_UNMEASURED = ("app", "training")  # Packages that no measured number depends on.
 
 
 def environment() -> dict[str, Any]:
@@ -26,6 +40,25 @@ def environment() -> dict[str, Any]:
         "cuda": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         "packages": {name: importlib.metadata.version(name) for name in _PACKAGES},
     }
+
+
+def hash_sources(root: str | Path | None = None) -> str:
+    """SHA-256 over the sources of this package but for `app` and `training`, names included.
+
+    It tells changes apart that are not committed.
+
+    Args:
+        root: Folder of the package; None for that of this module.
+    """
+    folder = Path(root) if root is not None else Path(__file__).resolve().parent
+    names = {path.relative_to(folder).as_posix(): path for path in folder.rglob("*")}
+    digest = hashlib.sha256()
+    for name, path in sorted(names.items()):
+        is_measured = name.partition("/")[0] not in _UNMEASURED
+        if is_measured and path.suffix in _SOURCE_KINDS and path.is_file():
+            content = hashlib.sha256(path.read_bytes()).hexdigest()
+            digest.update(f"{content}  {name}\n".encode())
+    return digest.hexdigest()
 
 
 def git_commit() -> str | None:

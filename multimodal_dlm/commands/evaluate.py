@@ -1,11 +1,11 @@
 """The command that measures a pipeline on held-out data and writes a report."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from multimodal_dlm.commands.loading import RELEASED_PIPELINE, load, require_folder
-from multimodal_dlm.commands.reporting import Report, say
+from multimodal_dlm.commands.reporting import INCOMPLETE, Report, say
 
 if TYPE_CHECKING:
     from jsonargparse import ArgumentParser
@@ -42,6 +42,7 @@ def run_evaluate(
 ) -> Report:
     """Measure a pipeline on held-out data; writes report.json and report.html.
 
+    Measurements that fail are left out, with the reason, and the exit status is 1.
     With `compare` there are two, in `first` and `second` of the output.
 
     Args:
@@ -73,18 +74,22 @@ def run_evaluate(
         return measure_suite(pipeline, data, chosen, output, **options)
     require_folder(compare)
     folders = [(pipeline, Path(output) / "first"), (compare, Path(output) / "second")]
-    for each, folder in folders:
-        measure_suite(each, data, chosen, str(folder), **options)
+    measured = [
+        measure_suite(each, data, chosen, str(folder), **options) for each, folder in folders
+    ]
     from multimodal_dlm.evaluation.comparison import compare_reports, comparison_lines
 
     found = compare_reports(*(folder for _, folder in folders))
     lines = [f"{pipeline} | {compare}", *comparison_lines(found)]
     lines.append("* 95 % intervals that do not meet")
+    for (each, _), report in zip(folders, measured, strict=True):
+        lines += [f"{each}: {line}" for line in _failure_lines(report.values)]
     values = {
         "pipelines": [each for each, _ in folders],
         "metrics": {metric.name: metric.to_dict() for metric in found},
+        "failed": [report.values["failed"] for report in measured],
     }
-    return Report(values, "\n".join(lines))
+    return Report(values, "\n".join(lines), max(report.status for report in measured))
 
 
 def measure_suite(
@@ -111,30 +116,46 @@ def measure_suite(
         tasks: What the pipeline was trained for; None for all.
     """
     require_folder(pipeline)
-    loaded = load("UnifiedImageToTextPipeline", pipeline, device)
+    folder, name = Path(pipeline).expanduser(), None
+    if not folder.is_dir():
+        from multimodal_dlm.pipelines.hub import fetch_folder
+
+        # The files that are hashed are those that are loaded; a snapshot is named by its commit.
+        folder = fetch_folder(pipeline)
+        name = f"{pipeline}@{folder.name}"
+    loaded = load("UnifiedImageToTextPipeline", str(folder), device)
     from multimodal_dlm.evaluation.harness import HTML_FILE, run_suite
     from multimodal_dlm.evaluation.html_report import metric_lines
     from multimodal_dlm.tasks import TASKS
 
-    folder = Path(pipeline).expanduser()
     report = run_suite(
         loaded,
         data,
         suite,
         output,
-        folder=folder if folder.is_dir() else None,
+        folder=folder,
+        name=name,
         seed=seed,
         batch_size=batch_size,
         tasks=TASKS if tasks is None else tasks,
         progress=say,
     )
-    left_out = report["left_out"]
+    left_out, failed = report["left_out"], report["failed"]
     seconds = sum(report["times"][e.name] for e in suite.entries if e.name not in left_out)
     lines = [f"{pipeline}, suite {suite.name}, data {data.name}"]
     lines += metric_lines(report["metrics"])
     own = {entry.name for entry in suite.entries}
-    single = {name: value for name, value in report["times"].items() if name not in own}
-    lines += [f"  {name}: {value:.4f} s" for name, value in single.items()]
-    lines += [f"  {name}: left out, {reason}" for name, reason in left_out.items()]
+    single = {each: value for each, value in report["times"].items() if each not in own}
+    lines += [f"  {each}: {value:.4f} s" for each, value in single.items()]
+    for each, reason in left_out.items():
+        lines.append(f"  {each}: {'failed' if each in failed else 'left out'}, {reason}")
     lines.append(f"{seconds:.0f} s; {Path(output) / HTML_FILE}")
-    return Report(report, "\n".join(lines))
+    lines += _failure_lines(report)
+    return Report(report, "\n".join(lines), INCOMPLETE if failed else 0)
+
+
+def _failure_lines(report: Mapping[str, Any]) -> list[str]:
+    """One line that says which parts failed; none where none did."""
+    failed = report["failed"]
+    total = len(report["settings"]["measurements"])
+    return [f"{len(failed)} of {total} parts failed: {', '.join(failed)}"] if failed else []

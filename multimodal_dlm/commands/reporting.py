@@ -10,6 +10,7 @@ from typing import Any
 FORMATS = ("human", "json")
 USER_ERROR = 2  # Exit status of a mistake that the user can repair.
 INTERNAL_ERROR = 1
+INCOMPLETE = 1  # Exit status of a result without the parts that failed.
 
 
 @dataclass(frozen=True)

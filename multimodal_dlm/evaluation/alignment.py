@@ -20,7 +20,6 @@ def alignment_metrics(
     candidates: Sequence[str],
     scorer: str | Path,
     *,
-    rows: Mapping[str, Sequence[int]] | None = None,
     seed: int = 0,
 ) -> dict[str, Metric]:
     """`name_at_1`, `name_at_5` and `alignment_auc` of drawn pictures by the scorer.
@@ -35,7 +34,6 @@ def alignment_metrics(
         names: True name of each picture.
         candidates: Names to choose among; the true ones are added.
         scorer: Folder of the scorer.
-        rows: Baseline -> places of `names` that it has pictures of; it has all where not given.
         seed: Of the bootstrap and of the foreign names.
     """
     judge, embed = ImageTextScorer.load(scorer), TextEmbedder()
@@ -45,15 +43,7 @@ def alignment_metrics(
     foreign = [own[row] for row in mismatched(names, seed)]
     texts = embed(listed)
     scores = {who: judge.score(given, texts) for who, given in features.items()}
-    shown = {who: list((rows or {}).get(who, range(len(names)))) for who in features}
-    ranks = {
-        who: name_ranks(given, [own[row] for row in shown[who]]) for who, given in scores.items()
-    }
-
-    def scores_at(who: str, columns: Sequence[int]) -> list[float]:
-        places = torch.tensor([columns[row] for row in shown[who]])
-        return scores[who].gather(1, places[:, None])[:, 0].tolist()
-
+    ranks = {who: name_ranks(given, own) for who, given in scores.items()}
     metrics = {}
     for count in COUNTS:
         hits = {who: (rank <= count).float().tolist() for who, rank in ranks.items()}
@@ -63,7 +53,11 @@ def alignment_metrics(
             baselines={**baselines, "chance": min(1.0, count / len(listed))},
             seed=seed,
         )
-    pairs = {who: (scores_at(who, own), scores_at(who, foreign)) for who in scores}
+    rows = torch.arange(len(names))
+    pairs = {
+        who: (given[rows, own].tolist(), given[rows, foreign].tolist())
+        for who, given in scores.items()
+    }
     areas = {who: area_under_curve(*pair) for who, pair in pairs.items() if who != "model"}
     metrics["alignment_auc"] = area_metric(
         *pairs["model"], baselines={**areas, "chance": 0.5}, seed=seed

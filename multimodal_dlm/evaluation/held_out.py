@@ -10,6 +10,7 @@ from PIL import Image
 from multimodal_dlm.datasets.manifest import Source
 from multimodal_dlm.datasets.reading import ShardReader, first_samples
 from multimodal_dlm.datasets.schema import Sample
+from multimodal_dlm.errors import DataError
 
 
 @dataclass(frozen=True)
@@ -41,6 +42,21 @@ class HeldOut:
     def reader(self, split: str) -> ShardReader:
         """A whole split of the same dataset, such as `train` for a baseline."""
         return ShardReader(self.source.splits.get(split, ()), source=self.source.name)
+
+    def training(self) -> ShardReader:
+        """The training split, for what cannot be measured without one.
+
+        Raises:
+            DataError: When the dataset has none.
+        """
+        reader = self.reader("train")
+        if not len(reader):
+            raise DataError(
+                f"`{self.source.name}` must have samples in split `train`, which this measure"
+                f" compares with; it has none. Add that split to its manifest, or leave the"
+                " measurement out."
+            )
+        return reader
 
     def batches(self, count: int) -> Iterator[slice]:
         """Slices of `count` rows, in order."""

@@ -42,7 +42,8 @@ def write_html(
         body.append(_section(name, part, report, path.parent / "parts"))
     if report["left_out"]:
         reasons = "".join(
-            f'<li id="{escape(name)}"><b>{escape(name)}</b>: {escape(reason)}</li>'
+            f'<li id="{escape(name)}"><b>{escape(name)}</b>'
+            f"{' (failed)' if name in report['failed'] else ''}: {escape(reason)}</li>"
             for name, reason in report["left_out"].items()
         )
         body.append(f"<h2>Left out</h2><ul>{reasons}</ul>")

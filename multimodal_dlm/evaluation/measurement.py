@@ -4,6 +4,7 @@ import importlib
 import pkgutil
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from importlib.util import find_spec
 from typing import Any
 
 from PIL import Image
@@ -13,6 +14,9 @@ from multimodal_dlm.evaluation.bootstrap import bootstrap_interval
 from multimodal_dlm.tasks import TASKS
 
 DIGITS = 5
+NO_SCORE_IN_BLOCKS = (
+    "texts that are written in blocks have no `pipe.score`; read `eval/nelbo` of the training run"
+)
 
 
 @dataclass(frozen=True)
@@ -141,6 +145,10 @@ class Measure:
             asks nothing of a model.
         only_diffusion: Why it says nothing of a model that writes token by token; None where it
             does.
+        only_whole_texts: Why it cannot be taken of a model that writes texts in blocks; None where
+            it can.
+        weights: Package with weights of a judge -> option that asks for it, None where it is always
+            needed.
     """
 
     name: str
@@ -148,9 +156,16 @@ class Measure:
     function: Callable[..., Measurement]
     needs: tuple[tuple[str, ...], ...] = ()
     only_diffusion: str | None = None
+    only_whole_texts: str | None = None
+    weights: Mapping[str, str | None] = field(default_factory=dict)
 
     def reason_against(
-        self, options: Mapping[str, Any], tasks: Collection[str], *, is_causal: bool
+        self,
+        options: Mapping[str, Any],
+        tasks: Collection[str],
+        *,
+        is_causal: bool,
+        writes_blocks: bool = False,
     ) -> str | None:
         """Why it does not apply to a model, in words; None where it does.
 
@@ -158,6 +173,7 @@ class Measure:
             options: Arguments that a suite gives it.
             tasks: What the model was trained for, of `tasks.TASKS`.
             is_causal: Whether the model writes token by token.
+            writes_blocks: Whether it writes a text in blocks of several tokens.
         """
         if self.needs and not any(set(group) <= set(tasks) for group in self.needs):
             wanted = " or ".join(" and ".join(group) for group in self.needs)
@@ -166,7 +182,19 @@ class Measure:
             return self.only_diffusion
         if is_causal and "num_inference_steps" in options:
             return "a causal model takes one step a token, whatever is asked for"
-        return None
+        return self.only_whole_texts if writes_blocks else None
+
+    def missing_weights(self, options: Mapping[str, Any]) -> list[str]:
+        """Packages that it would look for in vain.
+
+        Args:
+            options: Arguments that a suite gives it.
+        """
+        return [
+            package
+            for package, option in self.weights.items()
+            if (option is None or options.get(option)) and find_spec(package) is None
+        ]
 
 
 _MEASURES: dict[str, Measure] = {}
@@ -177,6 +205,8 @@ def register_measure(
     pipeline: str,
     *needs: Sequence[str],
     only_diffusion: str | None = None,
+    only_whole_texts: str | None = None,
+    weights: Mapping[str, str | None] | None = None,
 ) -> Callable[[Callable[..., Measurement]], Callable[..., Measurement]]:
     """Name a function for suites.
 
@@ -185,6 +215,8 @@ def register_measure(
         pipeline: Class of `multimodal_dlm.pipelines` it is handed.
         needs: See `Measure`.
         only_diffusion: See `Measure`.
+        only_whole_texts: See `Measure`.
+        weights: See `Measure`.
 
     Raises:
         ConfigError: When a task does not exist.
@@ -195,7 +227,9 @@ def register_measure(
 
     def register(function: Callable[..., Measurement]) -> Callable[..., Measurement]:
         groups = tuple(tuple(group) for group in needs)
-        _MEASURES[name] = Measure(name, pipeline, function, groups, only_diffusion)
+        _MEASURES[name] = Measure(
+            name, pipeline, function, groups, only_diffusion, only_whole_texts, weights or {}
+        )
         return function
 
     return register

@@ -33,15 +33,18 @@ class PictureFeatures:
 
     @torch.no_grad()
     def __call__(self, pictures: Sequence[np.ndarray]) -> Float[Tensor, "pictures 1280"]:
-        """Features of uint8 (height, width, 3) pictures, resized to 128 x 128."""
+        """Features of uint8 (height, width, 3) pictures of any sides, resized to 128 x 128."""
         found = []
         for first in range(0, len(pictures), self._batch_size):
-            part = np.stack(pictures[first : first + self._batch_size])
-            pixels = torch.from_numpy(part).permute(0, 3, 1, 2).float()
-            pixels = F.interpolate(pixels, (SIDE, SIDE), mode="bilinear", antialias=True)
-            hidden = self._network.forward_features((pixels - 127) / 128)
+            part = [_resized(picture) for picture in pictures[first : first + self._batch_size]]
+            hidden = self._network.forward_features((torch.cat(part) - 127) / 128)
             found.append(self._network.forward_head(hidden, pre_logits=True))
         return torch.cat(found)
+
+
+def _resized(picture: np.ndarray) -> Float[Tensor, "1 3 side side"]:
+    pixels = torch.tensor(picture)[None].permute(0, 3, 1, 2).float()
+    return F.interpolate(pixels, (SIDE, SIDE), mode="bilinear", antialias=True)
 
 
 def kernel_distance(first: Float[Tensor, "m width"], second: Float[Tensor, "n width"]) -> float:

@@ -9,7 +9,7 @@ import torch
 import yaml
 
 from multimodal_dlm.datasets import open_manifest
-from multimodal_dlm.environment import environment
+from multimodal_dlm.environment import environment, hash_sources
 from multimodal_dlm.errors import ConfigError, DataError
 from multimodal_dlm.evaluation import harness
 from multimodal_dlm.evaluation.harness import run_suite
@@ -61,16 +61,23 @@ def lasting(report):
     return {name: value for name, value in report.items() if name not in ("times", "environment")}
 
 
-def test_two_runs_give_the_same_report_and_a_third_measures_nothing(manifest, saved, tmp_path):
+def test_two_runs_give_the_same_report_and_a_third_measures_nothing(
+    manifest, saved, tmp_path, monkeypatch
+):
     pipe = UnifiedImageToTextPipeline.from_pretrained(saved)
     suite = whole_suite(tmp_path)
     said = []
-    reports = [
-        run_suite(pipe, manifest, suite, tmp_path / name, folder=saved, progress=said.append)
-        for name in ("one", "two", "one")
-    ]
+    reports = []
+    for name in ("one", "two", "one"):
+        monkeypatch.setattr("sys.argv", ["evaluate", "--output", f"{name}{len(reports)}"])
+        out = tmp_path / name
+        reports.append(run_suite(pipe, manifest, suite, out, folder=saved, progress=said.append))
     assert lasting(reports[0]) == lasting(reports[1])
     assert reports[0] == reports[2] | {"environment": reports[0]["environment"]}
+    for report in reports[1:]:
+        first, other = reports[0]["environment"], report["environment"]
+        assert {name for name in first if first[name] != other[name]} == {"command"}
+    assert reports[0]["failed"] == []
     assert sum("measured already" in text for text in said) == len(suite.entries)
     assert (
         json.loads((tmp_path / "one/report.json").read_text())["metrics"] == (reports[0]["metrics"])
@@ -109,20 +116,48 @@ def test_a_part_is_measured_again_when_anything_it_depends_on_changes(
         with monkeypatch.context() as patch:
             patch.setattr(harness, "environment", lambda change=change: environment() | change)
             assert run()
+    with monkeypatch.context() as patch:
+        patch.setattr(harness, "hash_sources", lambda: "another")
+        assert run()
     assert run()
+    with monkeypatch.context() as patch:
+        patch.setattr("sys.argv", ["another", "command"])
+        assert not run()
     with monkeypatch.context() as patch:
         patch.setattr(pipe, "scheduler", ConfidenceScheduler(modalities={"text": {}}))
         assert run()
     assert run()
-    before = harness._state(pipe, environment())
+    made = environment() | {"sources": ""}
+    before = harness._state(pipe, made)
     pipe.to(torch.float64)
-    after = harness._state(pipe, environment())
+    after = harness._state(pipe, made)
     assert {name for name in before if before[name] != after[name]} == {"dtype"}
     pipe.to(torch.float32)
     (tmp_path / "parts/tokenizer.squares.json").write_text("{")
     assert run()
     next((tmp_path / "parts").glob("*.png")).unlink()
     assert run()
+
+
+def test_changes_that_are_not_committed_are_told_apart(tmp_path):
+    for name in ("evaluation/a.py", "models/native/a.cpp", "app/a.py", "training/a.py"):
+        (tmp_path / name).parent.mkdir(parents=True)
+        (tmp_path / name).write_text("1")
+    found = [hash_sources(tmp_path)]
+
+    def is_another(name, text):
+        (tmp_path / name).write_text(text)
+        found.append(hash_sources(tmp_path))
+        return found[-1] != found[-2]
+
+    assert is_another("evaluation/a.py", "2")
+    assert is_another("models/native/a.cpp", "2")
+    assert is_another("canvas.py", "")
+    assert not is_another("app/a.py", "2")
+    assert not is_another("training/a.py", "2")
+    assert not is_another("evaluation/a.txt", "2")
+    assert hash_sources() == hash_sources()
+    assert {"timm", "pillow", "torchvision", "tokenizers"} <= set(environment()["packages"])
 
 
 def test_suites_of_the_package_name_measures_that_exist():

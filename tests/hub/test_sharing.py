@@ -1,11 +1,14 @@
 """Sharing through the Hub client, its HTTP calls intercepted; nothing leaves the process."""
 
+import hashlib
 import json
 
 import pytest
 import torch
+from huggingface_hub import constants
 from huggingface_hub.errors import HfHubHTTPError
 
+from multimodal_dlm import cli
 from multimodal_dlm.errors import CheckpointError, ConfigError
 from multimodal_dlm.pipelines import (
     CardInfo,
@@ -13,6 +16,8 @@ from multimodal_dlm.pipelines import (
     UnifiedTextToImagePipeline,
     load_pipeline,
 )
+from tests.evaluation.toy import write_squares
+from tests.hub.conftest import COMMIT
 from tests.pipelines.tiny import seeded, tiny_components
 
 EXPECTED = {
@@ -170,6 +175,24 @@ def test_an_up_to_date_cache_downloads_no_file_again(pipe, hub, tmp_path):
     hub.requests.clear()
     load_pipeline("someone/model", cache_dir=tmp_path)
     assert not [path for method, path in hub.requests if "/resolve/" in path and method == "GET"]
+
+
+def test_a_report_says_what_was_measured_of_the_hub(pipe, hub, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+    pipe.push_to_hub("someone/model", token="hf_x")
+    manifest = write_squares(tmp_path / "data")
+    given = ["evaluate", "someone/model", "--suite", "data", "--only", "tokenizer"]
+    given += ["--manifest", str(manifest), "--output", str(tmp_path / "out"), "--format", "json"]
+    assert cli.main(given) == 0
+    captured = capsys.readouterr()
+    report = json.loads(captured.out)
+    assert report["pipeline"]["name"] == f"someone/model@{COMMIT}"
+    weights = "transformer/diffusion_pytorch_model.safetensors"
+    digest = hashlib.sha256(hub.files[weights]).hexdigest()
+    assert report["pipeline"]["files"][weights] == digest
+    assert "measured already" not in captured.err
+    assert cli.main(given) == 0
+    assert "measured already" in capsys.readouterr().err
 
 
 def test_subfolders_and_pull_requests_reach_the_hub(pipe, hub):

@@ -10,6 +10,7 @@ from multimodal_dlm.evaluation.bootstrap import LEVEL, bootstrap_weights, percen
 from multimodal_dlm.evaluation.encoding import encode_images
 from multimodal_dlm.evaluation.held_out import HeldOut
 from multimodal_dlm.evaluation.measurement import (
+    NO_SCORE_IN_BLOCKS,
     Curve,
     Measurement,
     Metric,
@@ -24,7 +25,12 @@ NUM_BINS = 10
 NUM_DRAWS = 8
 
 
-@register_measure("calibration", "UnifiedImageToTextPipeline", ["vqa"])
+@register_measure(
+    "calibration",
+    "UnifiedImageToTextPipeline",
+    ["vqa"],
+    only_whole_texts=NO_SCORE_IN_BLOCKS,
+)
 def measure_calibration(
     pipeline: UnifiedImageToTextPipeline,
     data: HeldOut,

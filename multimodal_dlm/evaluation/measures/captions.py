@@ -21,13 +21,15 @@ from multimodal_dlm.evaluation.text_metrics import (
     name_of_sample,
     references_of_sample,
 )
-from multimodal_dlm.models.minilm import TextEmbedder
+from multimodal_dlm.models import minilm
 from multimodal_dlm.pipelines import UnifiedImageToTextPipeline
 
 NUM_SHOWN = 18
 
 
-@register_measure("captions", "UnifiedImageToTextPipeline", ["caption"])
+@register_measure(
+    "captions", "UnifiedImageToTextPipeline", ["caption"], weights={minilm.PACKAGE: "meaning"}
+)
 def measure_captions(
     pipeline: UnifiedImageToTextPipeline,
     data: HeldOut,
@@ -100,7 +102,7 @@ def meaning_cosines(
     Raises:
         ConfigError: When MiniLM is not installed.
     """
-    embed = TextEmbedder()
+    embed = minilm.TextEmbedder()
     own = embed(list(truths))
     return {who: (embed(list(texts)) * own).sum(dim=1).tolist() for who, texts in said.items()}
 

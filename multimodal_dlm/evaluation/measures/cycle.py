@@ -9,12 +9,18 @@ from multimodal_dlm.evaluation.measures.likelihood import trained_caption
 from multimodal_dlm.evaluation.measures.text_to_image import draw_pictures, to_images
 from multimodal_dlm.evaluation.sheets import contact_sheet
 from multimodal_dlm.evaluation.text_metrics import exact_match, name_of_caption
+from multimodal_dlm.models import minilm
 from multimodal_dlm.pipelines import UnifiedImageToTextPipeline, UnifiedTextToImagePipeline
 
 NUM_SHOWN = 18
 
 
-@register_measure("cycle", "UnifiedTextToImagePipeline", ["text_to_image", "caption"])
+@register_measure(
+    "cycle",
+    "UnifiedTextToImagePipeline",
+    ["text_to_image", "caption"],
+    weights={minilm.PACKAGE: None},
+)
 def measure_cycle(pipeline: UnifiedTextToImagePipeline, data: HeldOut) -> Measurement:
     """MiniLM cosine of a caption's name with that of the model's caption of its own drawing.
 

@@ -13,6 +13,7 @@ from multimodal_dlm.evaluation.bootstrap import LEVEL, bootstrap_weights, percen
 from multimodal_dlm.evaluation.encoding import encode_images
 from multimodal_dlm.evaluation.held_out import HeldOut
 from multimodal_dlm.evaluation.measurement import (
+    NO_SCORE_IN_BLOCKS,
     Measurement,
     Metric,
     mean_metric,
@@ -31,6 +32,7 @@ NUM_DRAWS = 16
     ["caption"],
     ["unconditional_text"],
     ["text_to_image"],
+    only_whole_texts=NO_SCORE_IN_BLOCKS,
 )
 def measure_likelihood(
     pipeline: UnifiedPipeline,

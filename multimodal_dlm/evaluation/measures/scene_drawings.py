@@ -22,7 +22,7 @@ from multimodal_dlm.evaluation.scene_slots import (
 from multimodal_dlm.evaluation.scorer import ImageTextScorer
 from multimodal_dlm.evaluation.sheets import contact_sheet
 from multimodal_dlm.evaluation.text_metrics import name_of_caption
-from multimodal_dlm.models.minilm import TextEmbedder
+from multimodal_dlm.models import efficientnet, minilm
 from multimodal_dlm.pipelines import UnifiedTextToImagePipeline
 
 NUM_SHOWN = 18
@@ -30,7 +30,12 @@ NUM_COLORED = 400  # Training pictures that say what the colors look like.
 _COLUMNS, _ROWS = ("left", "", "right"), ("top", "", "bottom")
 
 
-@register_measure("scene_drawings", "UnifiedTextToImagePipeline", ["text_to_image"])
+@register_measure(
+    "scene_drawings",
+    "UnifiedTextToImagePipeline",
+    ["text_to_image"],
+    weights={efficientnet.PACKAGE: "scorer", minilm.PACKAGE: "scorer"},
+)
 def measure_scene_drawings(
     pipeline: UnifiedTextToImagePipeline,
     data: HeldOut,
@@ -53,13 +58,12 @@ def measure_scene_drawings(
         scorer: Folder of an image-text scorer, such as `scorers/emoji`; None leaves out `relation`.
 
     Raises:
-        DataError: When the split is empty.
+        DataError: When the split, or the training split, is empty.
     """
-    samples = data.samples()
+    samples, reader = data.samples(), data.training()
     prompts = [trained_caption(data.source, sample.record) for sample in samples]
     slots = [slots_of_caption(prompt) for prompt in prompts]
     drawn = draw_pictures(pipeline, prompts, data)
-    reader = data.reader("train")
     records = [reader.record(index) for index in range(len(reader))]
     captions = [trained_caption(data.source, record) for record in records]
     copies = [reader[index].image for index in nearest_by_words(prompts, captions)]
@@ -86,7 +90,7 @@ class _Judge:
 
     def __init__(self, folder: str) -> None:
         self.scorer = ImageTextScorer.load(folder)
-        self.features, self.embed = PictureFeatures(), TextEmbedder()
+        self.features, self.embed = PictureFeatures(), minilm.TextEmbedder()
 
     def is_first(self, crops: Sequence[np.ndarray], names: Sequence[str]) -> bool:
         """Whether the first crop is the first name, by the better of both assignments."""

@@ -17,6 +17,7 @@ from multimodal_dlm.evaluation.measures.likelihood import trained_caption
 from multimodal_dlm.evaluation.measures.text_to_image import draw_pictures
 from multimodal_dlm.evaluation.picture_features import PictureFeatures, hits_of_own, kernel_distance
 from multimodal_dlm.evaluation.text_metrics import exact_match, name_of_caption, name_of_sample
+from multimodal_dlm.models import efficientnet
 from multimodal_dlm.pipelines import UnifiedImageToTextPipeline, UnifiedTextToImagePipeline
 
 STEPS = (1, 2, 4, 8, 16, 32)
@@ -27,6 +28,7 @@ STEPS = (1, 2, 4, 8, 16, 32)
     "UnifiedTextToImagePipeline",
     ["text_to_image", "caption"],
     only_diffusion="a causal model takes one step a token, whatever is asked for",
+    weights={efficientnet.PACKAGE: None},
 )
 def measure_steps(
     pipeline: UnifiedTextToImagePipeline,

@@ -1,7 +1,7 @@
 """Pictures drawn from held-out captions: alignment, style, distribution, copies."""
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -9,6 +9,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from multimodal_dlm.datasets.reading import ShardReader
 from multimodal_dlm.datasets.sampling import KeyedDraws
 from multimodal_dlm.datasets.schema import Record, Sample
 from multimodal_dlm.evaluation.alignment import alignment_metrics
@@ -32,12 +33,18 @@ from multimodal_dlm.evaluation.probes import LinearProbe
 from multimodal_dlm.evaluation.scorer_fitting import is_held_out
 from multimodal_dlm.evaluation.sheets import contact_sheet
 from multimodal_dlm.evaluation.text_metrics import name_of_sample
+from multimodal_dlm.models import efficientnet, minilm
 from multimodal_dlm.pipelines import UnifiedTextToImagePipeline
 
 NUM_SHOWN = 24
 
 
-@register_measure("text_to_image", "UnifiedTextToImagePipeline", ["text_to_image"])
+@register_measure(
+    "text_to_image",
+    "UnifiedTextToImagePipeline",
+    ["text_to_image"],
+    weights={efficientnet.PACKAGE: None, minilm.PACKAGE: "scorer"},
+)
 def measure_text_to_image(
     pipeline: UnifiedTextToImagePipeline,
     data: HeldOut,
@@ -53,38 +60,39 @@ def measure_text_to_image(
     `own_at_1` and `own_at_5`: the real picture of the caption is the nearest, or among the five
     nearest, of all real pictures drawn for (chance 1 / n, 5 / n). `ATTRIBUTE`: a linear probe,
     fitted to training pictures, reads the record's attribute off the drawn picture; `real` is the
-    same on the real ones. `kernel_distance` x 1000 to the real pictures, its interval
-    1.96 jackknife errors. `copy_distance`: cosine distance to the nearest training picture, and
-    `copy_distance_pixels` root mean square difference of pictures reduced to 16 x 16; `real` is
-    that of the real pictures: far below it would be copies. Baseline `nearest_neighbour` shows, for
-    each caption, the training picture whose caption shares most words with it. With a `scorer`
-    also `name_at_1`, `name_at_5` and `alignment_auc`, see `alignment_metrics`: names of the
-    training split are the candidates. The scorer was fitted to most training pictures and names
-    those far better than new ones: of `nearest_neighbour` it judges only the rows, about one in
-    ten, whose picture it was not fitted to, and `real` is no ceiling for a model that memorises.
+    same on the real ones. Rows without the attribute are left out, and so is an attribute that no
+    row has or that has one value in training. `kernel_distance` x 1000 to the real pictures, its
+    interval 1.96 jackknife errors. `copy_distance_pixels`: root mean square difference, of pictures
+    reduced to 16 x 16, to the nearest of all training pictures, and `copy_distance` the cosine
+    distance, left out where `num_train` cuts them; `real` is that of the real pictures: far below
+    it would be copies. Baseline `nearest_neighbour` shows, for each caption, the training picture
+    whose caption shares most words with it. With a `scorer` also `name_at_1`, `name_at_5` and
+    `alignment_auc`, see `alignment_metrics`: names of the training split are the candidates. The
+    scorer was fitted to most training pictures and names those far better than new ones: it judges
+    as `nearest_neighbour` the nearest of those, about one in ten, that it was not fitted to, and
+    `real` is no ceiling for a model that memorises.
 
     Args:
         pipeline: Draws the pictures, with its default settings but for the steps.
         data: Captions and their pictures, at least 3; the dataset needs a training split.
         caption: Which of a record's captions is drawn; the last where there are fewer.
         attributes: Entries of the records' meta.
-        num_train: Training pictures that probes and distances look at; None for all.
+        num_train: Training pictures that probes are fitted to; None for all.
         scorer: Folder of an image-text scorer that was fitted to the training split by the rule of
             `fit_to_source`, and to none of the pictures of the split, such as `scorers/emoji`; None
             for no such metrics.
         num_inference_steps: Steps of each picture; None for the pipeline's default.
 
     Raises:
-        DataError: When the split is empty.
+        DataError: When the split, or the training split, is empty.
         ConfigError: When the weights of EfficientNet-Lite0, or of MiniLM for a scorer, are not
             installed.
         CheckpointError: When there is no such scorer.
     """
-    samples = data.samples()
+    samples, reader = data.samples(), data.training()
     prompts = [_caption(sample.record, caption) for sample in samples]
     steps = {} if num_inference_steps is None else {"num_inference_steps": num_inference_steps}
     drawn = draw_pictures(pipeline, prompts, data, **steps)
-    reader = data.reader("train")
     order = KeyedDraws(data.seed, "text_to_image/train").permutation(len(reader))[:num_train]
     train = [reader[int(index)] for index in order]
     records = [reader.record(index) for index in range(len(reader))]
@@ -102,34 +110,17 @@ def measure_text_to_image(
     metrics = _alignment(vectors, data.seed)
     if scorer is not None:
         judged = {"model": vectors["model"], "real": vectors["real"]}
-        unseen = [row for row, i in enumerate(nearest) if is_held_out(Sample(records[i]))]
+        unseen = _nearest_unseen(prompts, records, captions)
         if unseen:
-            judged["nearest_neighbour"] = vectors["copied"][unseen]
+            judged["nearest_neighbour"] = features([reader[index].image for index in unseen])
         names = [name_of_sample(sample) for sample in samples]
         known = {name_of_sample(Sample(record)) for record in records}
-        metrics |= alignment_metrics(
-            judged,
-            names,
-            sorted(known),
-            scorer,
-            rows={"nearest_neighbour": unseen},
-            seed=data.seed,
-        )
+        metrics |= alignment_metrics(judged, names, sorted(known), scorer, seed=data.seed)
     for name in attributes:
-        labels, truths = (
-            [str(sample.record.meta.get(name)) for sample in rows] for rows in (train, samples)
-        )
-        probe = LinearProbe(vectors["train"], labels)
-        metrics[name] = _attribute(probe, truths, vectors, data.seed)
+        found = _attribute(name, train, samples, vectors, data.seed)
+        metrics |= {name: found} if found is not None else {}
     metrics["kernel_distance"] = _kernel_metric(vectors)
-    small = {name: torch.from_numpy(pixel_features(some)) for name, some in pictures.items()}
-    for name, distance, rows in (
-        ("copy_distance", nearest_cosine, vectors),
-        ("copy_distance_pixels", nearest_difference, small),
-    ):
-        baselines = {"real": distance(rows["real"], rows["train"])}
-        own = distance(rows["model"], rows["train"])
-        metrics[name] = mean_metric(own, baselines=baselines, seed=data.seed)
+    metrics |= _copy_distances(pictures, vectors, reader, data.seed)
     images = [Image.fromarray(picture) for picture in drawn[:NUM_SHOWN]]
     return Measurement(metrics, {"drawn": contact_sheet(images, prompts[:NUM_SHOWN], columns=6)})
 
@@ -174,13 +165,40 @@ def _alignment(vectors: Mapping[str, Tensor], seed: int) -> dict[str, Metric]:
     return metrics
 
 
-def _attribute(
-    probe: LinearProbe, truths: Sequence[str], vectors: Mapping[str, Tensor], seed: int
-) -> Metric:
-    """Share of drawn pictures off which a probe reads the true attribute."""
+def _nearest_unseen(
+    prompts: Sequence[str], records: Sequence[Record], captions: Sequence[str]
+) -> list[int]:
+    """For each prompt the nearest training picture that no scorer was fitted to; empty without."""
+    kept = [index for index, record in enumerate(records) if is_held_out(Sample(record))]
+    if not kept:
+        return []
+    return [kept[place] for place in nearest_by_words(prompts, [captions[i] for i in kept])]
 
-    def right(name: str) -> list[bool]:
-        return [a == b for a, b in zip(probe.predict(vectors[name]), truths, strict=True)]
+
+def _attribute(
+    name: str,
+    train: Sequence[Sample],
+    samples: Sequence[Sample],
+    vectors: Mapping[str, Tensor],
+    seed: int,
+) -> Metric | None:
+    """Share of drawn pictures off which a probe reads the true attribute.
+
+    Only rows that have the attribute count; None where no row has it, or training has one value.
+    """
+    known, judged = (
+        [row for row, sample in enumerate(some) if sample.record.meta.get(name) is not None]
+        for some in (train, samples)
+    )
+    labels = [str(train[row].record.meta[name]) for row in known]
+    truths = [str(samples[row].record.meta[name]) for row in judged]
+    if len(set(labels)) < 2 or not truths:
+        return None
+    probe = LinearProbe(vectors["train"][known], labels)
+
+    def right(who: str) -> list[bool]:
+        found = probe.predict(vectors[who][judged])
+        return [a == b for a, b in zip(found, truths, strict=True)]
 
     baselines = {
         "nearest_neighbour": right("copied"),
@@ -200,6 +218,32 @@ def _kernel_metric(vectors: Mapping[str, Tensor]) -> Metric:
         "train": 1000 * kernel_distance(vectors["train"][:count], real),
     }
     return Metric(1000 * value, 1000 * (value - half), 1000 * (value + half), count, baselines)
+
+
+def _copy_distances(
+    pictures: Mapping[str, Sequence[np.ndarray]],
+    vectors: Mapping[str, Tensor],
+    reader: ShardReader,
+    seed: int,
+) -> dict[str, Metric]:
+    """Distances to the nearest of all training pictures; none by features that only some have."""
+    is_whole = len(pictures["train"]) == len(reader)
+    every: Iterable[np.ndarray] = pictures["train"]
+    if not is_whole:
+        every = (sample.image for sample in reader)
+    small = {who: torch.from_numpy(pixel_features(pictures[who])) for who in ("model", "real")}
+    # One at a time: a whole split may be larger than the memory.
+    small["train"] = torch.from_numpy(np.concatenate([pixel_features([one]) for one in every]))
+    metrics = {}
+    measured: dict[str, tuple[Callable[..., list[float]], Mapping[str, Tensor]]] = {}
+    if is_whole:
+        measured["copy_distance"] = (nearest_cosine, vectors)
+    measured["copy_distance_pixels"] = (nearest_difference, small)
+    for name, (distance, rows) in measured.items():
+        baselines = {"real": distance(rows["real"], rows["train"])}
+        own = distance(rows["model"], rows["train"])
+        metrics[name] = mean_metric(own, baselines=baselines, seed=seed)
+    return metrics
 
 
 def _caption(record: Record, place: int) -> str:
