@@ -2,7 +2,6 @@
 
 import json
 import re
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -17,7 +16,6 @@ from multimodal_dlm.commands.pictures import box_mask, file_stem
 from multimodal_dlm.commands.reporting import find_format
 from multimodal_dlm.errors import ConfigError
 from multimodal_dlm.pipelines import UnifiedTextToImagePipeline, read_recipe
-from multimodal_dlm.pipelines.manifest import verify_manifest
 from multimodal_dlm.schedulers import ConfidenceScheduler
 from tests.conftest import REPOSITORY
 from tests.evaluation.toy import write_squares
@@ -353,18 +351,6 @@ def test_evaluate_on_a_tiny_pipeline(capsys, tiny, tmp_path):
     assert "source of `vqa.easy_vqa`" in wrong
 
 
-def test_a_card_takes_its_metrics_from_a_report(capsys, tiny, tmp_path):
-    folder = tmp_path / "pipeline"
-    shutil.copytree(tiny / "pipeline", folder)
-    metric = {"value": 0.5, "low": 0.25, "high": 0.75, "n": 1234, "baselines": {"blind": 0.4}}
-    (tmp_path / "report.json").write_text(json.dumps({"metrics": {"vqa.accuracy": metric}}))
-    succeed(capsys, "card", str(folder), "--report", str(tmp_path / "report.json"))
-    row = "| vqa.accuracy | 0.5 | 0.25 to 0.75 | 1,234 | blind 0.4 |"
-    assert row in (folder / "README.md").read_text()
-    succeed(capsys, "card", str(folder))
-    assert row in (folder / "README.md").read_text()
-
-
 def test_step_plan_of_a_tiny_pipeline(capsys, tiny, tmp_path):
     given = [
         str(tiny / "squares.yaml"), "--source", "squares", "--split", "test",
@@ -385,26 +371,6 @@ def test_step_plan_of_a_tiny_pipeline(capsys, tiny, tmp_path):
     assert {pair["against"] for pair in checked["check"]["comparisons"]} >= {"cosine 16"}
     wrong = fail(capsys, "study", "step-plan", *given, "--task", "captions")
     assert "Did you mean `caption`?" in wrong
-
-
-def test_a_card_takes_in_what_its_owner_wrote_and_nothing_else(capsys, tiny, tmp_path):
-    folder = tmp_path / "pipeline"
-    shutil.copytree(tiny / "pipeline", folder)
-    info = json.loads((folder / "model_card.json").read_text())
-    (folder / "model_card.json").write_text(json.dumps(info | {"limits": "Only squares."}))
-    succeed(capsys, "card", str(folder))
-    assert "Only squares." in (folder / "README.md").read_text()
-    assert verify_manifest(folder)
-    (folder / "model_index.json").write_text("{}")
-    status, _, err = run(capsys, "card", str(folder))
-    assert status == 2
-    assert "`model_index.json` in" in err
-
-
-def test_card_is_written_beside_the_pipeline(capsys, tiny, tmp_path):
-    values = succeed(capsys, "card", str(tiny / "pipeline"), "--output", str(tmp_path / "card.md"))
-    assert values["lines"] > 20
-    assert "Vocabulary layout" in (tmp_path / "card.md").read_text()
 
 
 def test_too_long_a_prompt_is_a_sentence(capsys, tiny, tmp_path):

@@ -27,7 +27,8 @@ def run_card(
 
     Args:
         pipeline: Folder of the pipeline.
-        report: report.json of an evaluation, whose metrics go into the card; null keeps those there
+        report: report.json of an evaluation of this pipeline, whose metrics go into the card; null
+            keeps those there
         output: file; null writes README.md into the folder
     """
     if not Path(pipeline).is_dir():
@@ -35,14 +36,22 @@ def run_card(
             f"`pipeline` must be a folder on this machine; there is no folder `{pipeline}`."
         )
     from multimodal_dlm.pipelines import load_pipeline
+    from multimodal_dlm.pipelines.card_metrics import subject_of
     from multimodal_dlm.pipelines.manifest import hash_shared, verify_manifest, write_manifest
     from multimodal_dlm.pipelines.model_card import CARD_NAME, read_report, render_card
 
     if verify_manifest(pipeline, but=(CARD_NAME,)):
         write_manifest(pipeline)
+    read = None if report is None else read_report(report, pipeline)
     loaded = load_pipeline(pipeline)
-    if report is not None:
-        loaded.card = replace(loaded.card, metrics=read_report(report))
+    before = loaded.card
+    if read is None:
+        loaded.drop_foreign_metrics()
+    else:
+        metrics, measured = read
+        measured |= subject_of(loaded)
+        loaded.card = replace(before, metrics=metrics, measured=measured)
+    if loaded.card != before:
         loaded.card.save(pipeline)
         write_manifest(pipeline)
     card = render_card(loaded, hash_shared(pipeline))

@@ -198,8 +198,9 @@ def run_scorer(
     write_json(f"{output}/accuracy.json", values)
     lines = [f"{output}: {fitted.num_pictures} pictures of {fitted.num_names} names"]
     lines += [
-        f"  {name}: R@1 {found['name_at_1']:.3f}, R@5 {found['name_at_5']:.3f}, AUC"
-        f" {found['auc']:.3f} of {found['pictures']:.0f} pictures"
+        f"  {name}: R@1 {found['name_at_1']:.3f} (chance {found['chance_at_1']:.4f}), R@5"
+        f" {found['name_at_5']:.3f} (chance {found['chance_at_5']:.4f}), AUC {found['auc']:.3f}"
+        f" (chance 0.5) of {found['pictures']:.0f} pictures"
         for name, found in fitted.accuracy.items()
     ]
     return Report(values, "\n".join(lines))

@@ -16,29 +16,37 @@ FEATURE_SIDE = 16  # Pixel features: the picture reduced to 16 x 16.
 class BlindAnswers:
     """Answers from the question alone: the most frequent training answer to the same question.
 
-    An unknown question gets the most frequent answer of all.
+    A question that training never asked gets the most frequent answer of its type, and one of an
+    unknown type the most frequent of all. Among equals it is the first in the alphabet.
 
     Args:
-        pairs: Questions and answers of the training split.
+        rows: Question, answer and type of question, of the training split.
 
     Raises:
-        DataError: When there is no pair.
+        DataError: When there is no row.
     """
 
-    def __init__(self, pairs: Iterable[tuple[str, str]]) -> None:
+    def __init__(self, rows: Iterable[tuple[str, str, str]]) -> None:
         by_question: dict[str, Counter[str]] = defaultdict(Counter)
+        by_type: dict[str, Counter[str]] = defaultdict(Counter)
         overall: Counter[str] = Counter()
-        for question, answer in pairs:
+        for question, answer, kind in rows:
             by_question[normalise_text(question)][answer] += 1
+            by_type[kind][answer] += 1
             overall[answer] += 1
         if not overall:
             raise DataError("A blind baseline needs at least one question of the training split.")
-        self.majority = _first(overall)
-        self._answers = {question: _first(counts) for question, counts in by_question.items()}
+        self.majority = most_frequent(overall)
+        self._answers = {question: most_frequent(found) for question, found in by_question.items()}
+        self._majorities = {kind: most_frequent(found) for kind, found in by_type.items()}
 
-    def answer(self, question: str) -> str:
+    def answer(self, question: str, kind: str) -> str:
         """The answer nobody had to look for."""
-        return self._answers.get(normalise_text(question), self.majority)
+        return self._answers.get(normalise_text(question), self.majority_of(kind))
+
+    def majority_of(self, kind: str) -> str:
+        """The most frequent answer to questions of a type."""
+        return self._majorities.get(kind, self.majority)
 
 
 class NearestPictures:
@@ -90,6 +98,6 @@ def pixel_features(images: Sequence[np.ndarray]) -> np.ndarray:
     return np.asarray(rows, dtype=np.float32)
 
 
-def _first(counts: Counter[str]) -> str:
+def most_frequent(counts: Counter[str]) -> str:
     """The most frequent entry, the first in the alphabet among equals."""
-    return min(counts, key=lambda answer: (-counts[answer], answer))
+    return min(counts, key=lambda entry: (-counts[entry], entry))

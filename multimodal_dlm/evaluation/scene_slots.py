@@ -1,7 +1,8 @@
 """Scenes as slots: what a caption says of counts and places, and what a picture shows."""
 
 import re
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -46,6 +47,15 @@ def slots_of_caption(text: str) -> dict[str, str]:
         if found := pattern.match(rest):
             return {**slots, **found.groupdict()}
     return {**slots, "object": rest}
+
+
+def count_slots(captions: Iterable[str]) -> dict[str, Counter[str]]:
+    """Slot -> how often captions say each of its values."""
+    found: dict[str, Counter[str]] = {}
+    for caption in captions:
+        for slot, value in slots_of_caption(caption).items():
+            found.setdefault(slot, Counter())[value] += 1
+    return found
 
 
 def slot_f1(said: Mapping[str, str], true: Mapping[str, str]) -> float:

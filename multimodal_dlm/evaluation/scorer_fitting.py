@@ -124,5 +124,7 @@ def _accuracy(
         "pictures": len(own),
         "name_at_1": round(float((ranks <= 1).float().mean()), 4),
         "name_at_5": round(float((ranks <= 5).float().mean()), 4),
+        "chance_at_1": round(1 / len(embeddings), 5),
+        "chance_at_5": round(min(1.0, 5 / len(embeddings)), 5),
         "auc": round(area, 4),
     }

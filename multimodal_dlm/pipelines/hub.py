@@ -6,14 +6,22 @@ first and loaded as a folder. Nothing here runs code from a folder.
 
 import importlib
 import json
+import logging
 import tempfile
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path, PurePosixPath
 from typing import Any, TypeVar
 
 from huggingface_hub import CommitOperationAdd, HfApi, snapshot_download
 
 from multimodal_dlm.errors import CheckpointError, ConfigError, unknown_name
+from multimodal_dlm.pipelines.card_metrics import (
+    Origin,
+    changed_subject,
+    origin_of,
+    subject_of,
+)
 from multimodal_dlm.pipelines.manifest import (
     SHARED_PATTERNS,
     shared_files,
@@ -30,6 +38,7 @@ _REFUSED = ("trust_remote_code", "custom_pipeline", "use_onnx", "use_flashpack")
 _ORIGIN = ("_name_or_path", "name_or_path", "is_local", "local_files_only")
 _LIBRARIES = ("multimodal_dlm", "transformers", "diffusers")
 
+logger = logging.getLogger(__name__)
 Sharing = TypeVar("Sharing", bound="SharingMixin")
 
 
@@ -37,6 +46,7 @@ class SharingMixin:
     """`from_pretrained`, `save_pretrained` and `push_to_hub` of every pipeline."""
 
     card: CardInfo = CardInfo()
+    _origin: Origin | None = None  # What the metrics of a loaded or saved card are of.
 
     @classmethod
     def from_pretrained(
@@ -68,6 +78,7 @@ class SharingMixin:
         kwargs = {"use_safetensors": True, **kwargs}
         pipeline = super().from_pretrained(str(folder), local_files_only=True, **kwargs)  # type: ignore[misc]
         pipeline.card = CardInfo.load(folder)
+        pipeline._origin = origin_of(pipeline, folder, kwargs)
         return pipeline
 
     def save_pretrained(
@@ -82,6 +93,9 @@ class SharingMixin:
         **kwargs: Any,
     ) -> None:
         """Save the components, the model card and the file hashes.
+
+        The card loses metrics that were taken of other weights or with another scheduler, and a
+        warning says so.
 
         Args:
             save_directory: Folder; made when missing.
@@ -110,11 +124,33 @@ class SharingMixin:
         forget_origin(folder)
         if card is not None:
             self.card = card
+        self.drop_foreign_metrics()
         self.card.save(folder)
         hashes = write_manifest(folder)
         (folder / "README.md").write_text(render_card(self, hashes), encoding="utf-8")
         if push_to_hub:
             upload(folder, kwargs.pop("repo_id", folder.resolve().name), **kwargs)
+
+    def drop_foreign_metrics(self) -> None:
+        """Take the metrics off the card where they are of other weights or another scheduler.
+
+        Metrics are of what `card.measured` says; where it says nothing, of the model that the card
+        was loaded with, and new ones of the present model.
+        """
+        if not self.card.metrics:
+            return
+        subject = subject_of(self)
+        changed = changed_subject(self.card, self._origin, subject)
+        if changed:
+            logger.warning(
+                "The model card loses its metrics: they are of another model, by its %s. Measure"
+                " what you saved with `multimodal-dlm evaluate FOLDER`, and put the metrics in with"
+                " `multimodal-dlm card FOLDER --report REPORT`.",
+                " and ".join(f"`{name}`" for name in changed),
+            )
+            self.card = replace(self.card, metrics={}, measured={})
+        else:
+            self._origin = Origin(self.card.metrics, subject)
 
     def push_to_hub(
         self,

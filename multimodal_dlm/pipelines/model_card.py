@@ -13,18 +13,18 @@ from typing import Any
 import yaml
 
 from multimodal_dlm.errors import CheckpointError, DataError, unknown_name
+from multimodal_dlm.pipelines.card_metrics import (
+    NOT_MEASURED,
+    conditions,
+    metrics_section,
+    table,
+)
+from multimodal_dlm.pipelines.card_tasks import CardTasks
+from multimodal_dlm.pipelines.manifest import hash_shared, is_shared
+from multimodal_dlm.tasks import TASKS
 
 CARD_NAME = "model_card.json"
-NOT_MEASURED = "not measured"
-TAGS = (
-    "any-to-any",
-    "text-to-image",
-    "image-to-text",
-    "visual-question-answering",
-    "masked-diffusion",
-    "discrete-diffusion",
-    "multimodal_dlm",
-)
+_OPTIONAL = ("tasks", "measured")  # Entries that are written only where they say something.
 SECTIONS = (
     "Tasks",
     "Usage",
@@ -56,6 +56,11 @@ class CardInfo:
         training: How it was trained, with command, hardware and cost; Markdown.
         limits: What it cannot do; Markdown.
         metrics: Name -> value, or group -> name -> value, nested at will.
+        measured: How the metrics were taken: suite, seed, fingerprint of the data, commit, machine,
+            and the fingerprints of the backbone and the scheduler they are of. Without these two
+            they are of the model that the card is saved with.
+        tasks: What it was trained for, of `tasks.TASKS`; none when that is not known, which stands
+            for all.
     """
 
     title: str = "Unified multimodal diffusion model"
@@ -69,10 +74,20 @@ class CardInfo:
     training: str = ""
     limits: str = ""
     metrics: Mapping[str, Any] = field(default_factory=dict)
+    measured: Mapping[str, Any] = field(default_factory=dict)
+    tasks: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        """Refuse unknown tasks."""
+        for task in self.tasks:
+            if task not in TASKS:
+                raise unknown_name("task of a model card", str(task), TASKS)
 
     def save(self, folder: str | Path) -> None:
         """Write `model_card.json`."""
-        text = json.dumps(asdict(self), indent=2, ensure_ascii=False, sort_keys=True)
+        entries = asdict(self).items()
+        values = {name: value for name, value in entries if value or name not in _OPTIONAL}
+        text = json.dumps(values, indent=2, ensure_ascii=False, sort_keys=True)
         (Path(folder) / CARD_NAME).write_text(text + "\n", encoding="utf-8")
 
     @classmethod
@@ -81,7 +96,7 @@ class CardInfo:
 
         Raises:
             CheckpointError: When it is no JSON object.
-            ConfigError: When an entry is unknown.
+            ConfigError: When an entry or a task is unknown.
         """
         path = Path(folder) / CARD_NAME
         if not path.is_file():
@@ -96,17 +111,24 @@ class CardInfo:
         for name in values:
             if name not in known:
                 raise unknown_name(f"entry of {CARD_NAME}", name, known)
-        for name in ("language", "datasets"):
+        for name in ("language", "datasets", "tasks"):
             if name in values:
                 values[name] = tuple(values[name])
         return cls(**values)
 
 
-def read_report(path: str | Path) -> dict[str, Any]:
-    """Metrics from the `report.json` of an evaluation, for `CardInfo.metrics`.
+def read_report(path: str | Path, folder: str | Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Metrics of an evaluation of a pipeline, and how they were taken.
+
+    Args:
+        path: `report.json` of the evaluation.
+        folder: Folder of the pipeline.
+
+    Returns:
+        `metrics` and `measured` of a `CardInfo`, the latter without fingerprints of the model.
 
     Raises:
-        DataError: When the file is missing or no JSON object.
+        DataError: When the file is missing, no report, or one of another pipeline.
     """
     try:
         report = json.loads(Path(path).read_text(encoding="utf-8"))
@@ -114,8 +136,56 @@ def read_report(path: str | Path) -> dict[str, Any]:
         raise DataError(f"`{path}` must be a readable JSON report: {error}.") from error
     if not isinstance(report, dict):
         raise DataError(f"`{path}` must hold a JSON object; got {type(report).__name__}.")
-    metrics = report.get("metrics", report)
-    return dict(metrics)
+    metrics, pipeline = report.get("metrics"), report.get("pipeline")
+    if not isinstance(metrics, dict) or not isinstance(pipeline, dict):
+        raise DataError(
+            f"`{path}` must hold the entries `metrics` and `pipeline` of a `report.json`; got"
+            f" {sorted(report)}. {_evaluate(folder)}"
+        )
+    _check_files(path, pipeline.get("files"), folder)
+    return metrics, conditions(report)
+
+
+def _check_files(path: str | Path, files: Any, folder: str | Path) -> None:
+    """Refuse a report of other files than a folder's, the card's own left aside.
+
+    Raises:
+        DataError: Naming the files.
+    """
+    if not isinstance(files, dict) or not files:
+        raise DataError(
+            f"`report` must list the files of the pipeline it is of; `{path}` lists none: what was"
+            f" measured came from the Hub or from memory. {_evaluate(folder)}"
+        )
+    then = {name: digest for name, digest in files.items() if _is_measured(name)}
+    now = {name: digest for name, digest in hash_shared(folder).items() if _is_measured(name)}
+    differing = sorted(name for name in {*then, *now} if then.get(name) != now.get(name))
+    if differing:
+        named = "; ".join(
+            f"`{name}` is {_short(then.get(name))} there and {_short(now.get(name))} here"
+            for name in differing[:4]
+        )
+        more = f"; and {len(differing) - 4} more" if len(differing) > 4 else ""
+        raise DataError(
+            f"`report` must be of the pipeline in `{folder}`; `{path}` is of another one, or of an"
+            f" earlier state: {named}{more}. {_evaluate(folder)}"
+        )
+
+
+def _is_measured(name: str) -> bool:
+    """Whether a file is one that loading reads: shared, and not the card."""
+    return is_shared(name) and name != CARD_NAME and not name.endswith(".md")
+
+
+def _short(digest: str | None) -> str:
+    return "missing" if digest is None else f"{digest[:12]}..."
+
+
+def _evaluate(folder: str | Path) -> str:
+    return (
+        f"Measure this one, `multimodal-dlm evaluate {folder} --output OUTPUT`, and give"
+        " `OUTPUT/report.json`."
+    )
 
 
 def render_card(pipeline: Any, hashes: Mapping[str, str]) -> str:
@@ -126,36 +196,35 @@ def render_card(pipeline: Any, hashes: Mapping[str, str]) -> str:
         hashes: SHA-256 of each file of the folder.
     """
     info: CardInfo = pipeline.card
+    tasks = CardTasks(info.tasks, pipeline.processor.layout)
     bodies = {
-        "Tasks": _tasks(),
-        "Usage": _usage(),
+        "Tasks": tasks.table(),
+        "Usage": tasks.usage(),
         "Vocabulary layout": _vocabulary(pipeline),
         "Components": _components(pipeline),
-        "Sampler defaults": _sampler(pipeline),
+        "Sampler defaults": _sampler(pipeline, tasks),
         "Training data": info.data or NOT_MEASURED.replace("measured", "described"),
         "Training": info.training or NOT_MEASURED.replace("measured", "described"),
-        "Metrics": _metrics(info.metrics),
-        "Limits": info.limits or _limits(pipeline),
+        "Metrics": metrics_section(info.metrics, info.measured),
+        "Limits": info.limits or _limits(pipeline, tasks),
         "Licence": f"{info.license}. The licences of the training data are listed above.",
-        "Files": _table(
+        "Files": table(
             ("file", "sha256"), [(f"`{name}`", f"`{value}`") for name, value in hashes.items()]
         )
         + "\n\nCheck them with `sha256sum -c SHA256SUMS`; loading does so by itself.",
     }
-    summary = info.summary or (
-        "One discrete diffusion transformer for text and pictures: the same weights draw pictures,"
-        " describe them, answer questions, fill gaps and invent pairs."
-    )
+    summary = info.summary or tasks.summary()
     sections = "\n\n".join(f"## {name}\n\n{bodies[name]}" for name in SECTIONS)
-    return f"---\n{_front_matter(info)}---\n\n# {info.title}\n\n{summary}\n\n{sections}\n"
+    front = _front_matter(info, tasks.tags())
+    return f"---\n{front}---\n\n# {info.title}\n\n{summary}\n\n{sections}\n"
 
 
-def _front_matter(info: CardInfo) -> str:
+def _front_matter(info: CardInfo, tags: Sequence[str]) -> str:
     entries: dict[str, Any] = {
         "license": info.license,
         "library_name": "diffusers",
-        "pipeline_tag": "any-to-any",
-        "tags": list(TAGS),
+        "pipeline_tag": tags[0],
+        "tags": list(tags),
         "language": list(info.language),
     }
     if info.datasets:
@@ -167,71 +236,10 @@ def _front_matter(info: CardInfo) -> str:
     return yaml.safe_dump(entries, sort_keys=False, allow_unicode=True)
 
 
-def _table(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
-    lines = ["| " + " | ".join(header) + " |", "| " + " | ".join("---" for _ in header) + " |"]
-    lines += ["| " + " | ".join(str(cell) for cell in row) + " |" for row in rows]
-    return "\n".join(lines)
-
-
-def _tasks() -> str:
-    return _table(
-        ("task", "pipeline", "known", "written"),
-        [
-            ("text-to-image", "`UnifiedTextToImagePipeline`", "caption", "picture"),
-            ("captioning", "`UnifiedImageToTextPipeline`", "picture", "caption"),
-            ("question answering", "`UnifiedImageToTextPipeline`", "picture, question", "answer"),
-            ("text, infilling", "`UnifiedTextGenerationPipeline`", "instruction, gaps", "text"),
-            ("joint generation", "`UnifiedJointPipeline`", "nothing", "picture and caption"),
-            ("inpainting", "`UnifiedInpaintPipeline`", "caption, rest of picture", "holes"),
-        ],
-    )
-
-
-_USAGES = (
-    (
-        "Text to image",
-        "UnifiedTextToImagePipeline",
-        'pipe("a red apple", generator=torch.Generator().manual_seed(0)).images[0].save("out.png")',
-    ),
-    (
-        "Image to text",
-        "UnifiedImageToTextPipeline",
-        'print(pipe(image).texts[0], pipe(image, "what is this?").texts[0])',
-    ),
-    (
-        "Text",
-        "UnifiedTextGenerationPipeline",
-        'print(pipe(template="a red [MASK] on a white background").texts[0])',
-    ),
-    (
-        "Joint",
-        "UnifiedJointPipeline",
-        "output = pipe(num_samples=4); print(output.texts, output.images)",
-    ),
-    (
-        "Inpainting",
-        "UnifiedInpaintPipeline",
-        'pipe("a red apple", image, mask_image).images[0].save("inpainted.png")',
-    ),
-)
-
-
-def _usage() -> str:
-    parts = []
-    for title, name, call in _USAGES:
-        code = (
-            f"import torch\nfrom PIL import Image\nfrom multimodal_dlm.pipelines import {name}\n"
-            f'pipe = {name}.from_pretrained("<this repository or folder>")\n{call}'
-        )
-        parts.append(f"{title}:\n\n```python\n{code}\n```")
-    notes = "`image` and `mask_image` are PIL images: `Image.open(path)`; white is masked."
-    return "\n\n".join([*parts, notes])
-
-
 def _vocabulary(pipeline: Any) -> str:
     vocabulary = pipeline.transformer.vocabulary
     segments = sorted(vocabulary.segments, key=lambda part: part.offset)
-    ranges = _table(
+    ranges = table(
         ("segment", "modality", "first id", "last id", "ids"),
         [(f"`{s.name}`", s.modality or "-", s.offset, s.stop - 1, s.size) for s in segments],
     )
@@ -247,8 +255,8 @@ def _vocabulary(pipeline: Any) -> str:
         f" ({pipeline.image_size} x {pipeline.image_size} pixels); longest text:"
         f" {layout['max_window']['text']} tokens; attention: {layout['condition_attention']}."
     )
-    tables = (ranges, _table(("token", "id", "kind"), tokens))
-    return "\n\n".join([text, *tables, _table(("tokenizer", "fingerprint (sha256)"), prints)])
+    tables = (ranges, table(("token", "id", "kind"), tokens))
+    return "\n\n".join([text, *tables, table(("tokenizer", "fingerprint (sha256)"), prints)])
 
 
 def _components(pipeline: Any) -> str:
@@ -262,11 +270,11 @@ def _components(pipeline: Any) -> str:
     names = ("hidden_size", "num_layers", "num_attention_heads", "noise_conditioning")
     shape = ", ".join(f"{name} {config[name]}" for name in names if name in config)
     fingerprint = f"Weights of the backbone (sha256 in float32): `{pipeline.model_fingerprint}`."
-    table = _table(("component", "class", "size"), rows)
-    return f"{table}\n\nBackbone: {shape}.\n\n{fingerprint}"
+    listed = table(("component", "class", "size"), rows)
+    return f"{listed}\n\nBackbone: {shape}.\n\n{fingerprint}"
 
 
-def _sampler(pipeline: Any) -> str:
+def _sampler(pipeline: Any, tasks: CardTasks) -> str:
     scheduler = pipeline.scheduler
     rows = [
         (modality, f"`{name}`", value)
@@ -274,52 +282,19 @@ def _sampler(pipeline: Any) -> str:
         for name, value in options.items()
         if value not in (None, {})
     ]
-    defaults = (
-        "Text-to-image and inpainting: 16 steps, guidance 2.0. Captions: 24 positions, answers: 8,"
-        " one step per position, guidance off. Joint: 32 steps, the caption first."
-    )
-    table = _table(("modality", "option", "value"), rows)
-    return f"`{type(scheduler).__name__}`. {defaults}\n\n{table}"
+    defaults = f"`{type(scheduler).__name__}`. {tasks.sampling(scheduler.config)}".rstrip()
+    return f"{defaults}\n\n{table(('modality', 'option', 'value'), rows)}"
 
 
-def _metrics(metrics: Mapping[str, Any]) -> str:
-    if not metrics:
-        return f"Quality, speed and likelihood: {NOT_MEASURED}."
-    measured = {n: m for n, m in metrics.items() if isinstance(m, Mapping) and "baselines" in m}
-    others = _flatten({name: value for name, value in metrics.items() if name not in measured})
-    tables = [_table(("metric", "value"), others)] if others else []
-    if measured:
-        rows = [(name, *_measured(metric)) for name, metric in measured.items()]
-        head = ("metric", "value", "95 % interval", "n", "baselines")
-        tables.append(_table(head, rows))
-    return "\n\n".join(tables)
-
-
-def _measured(metric: Mapping[str, Any]) -> tuple[str, ...]:
-    """Value, interval, rows and baselines of a metric of `report.json`."""
-    interval = ""
-    if metric["low"] is not None:
-        interval = f"{metric['low']:.4g} to {metric['high']:.4g}"
-    baselines = ", ".join(f"{name} {value:.4g}" for name, value in metric["baselines"].items())
-    return f"{metric['value']:.4g}", interval, f"{metric['n']:,}", baselines
-
-
-def _flatten(metrics: Mapping[str, Any], prefix: str = "") -> list[tuple[str, str]]:
-    rows: list[tuple[str, str]] = []
-    for name, value in metrics.items():
-        if isinstance(value, Mapping):
-            rows += _flatten(value, f"{prefix}{name} / ")
-        elif value is None:
-            rows.append((prefix + str(name), NOT_MEASURED))
-        else:
-            shown = f"{value:.4g}" if isinstance(value, float) else str(value)
-            rows.append((prefix + str(name), shown.replace("|", "\\|").replace("\n", " ")))
-    return rows
-
-
-def _limits(pipeline: Any) -> str:
+def _limits(pipeline: Any, tasks: CardTasks) -> str:
+    longest = f"at most {pipeline.processor.layout['max_window']['text']} tokens"
+    if not tasks.knows_pictures():
+        return (
+            f"Texts are {longest}. What lies outside the training data is not written reliably."
+            f" Bias and safety: {NOT_MEASURED}."
+        )
     return (
-        f"Pictures are {pipeline.image_size} x {pipeline.image_size} pixels and texts at most"
-        f" {pipeline.processor.layout['max_window']['text']} tokens. What lies outside the training"
-        f" data is not drawn or described reliably. Bias and safety: {NOT_MEASURED}."
+        f"Pictures are {pipeline.image_size} x {pipeline.image_size} pixels and texts {longest}."
+        " What lies outside the training data is not drawn or described reliably. Bias and safety:"
+        f" {NOT_MEASURED}."
     )

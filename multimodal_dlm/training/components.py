@@ -18,9 +18,11 @@ from multimodal_dlm.errors import CheckpointError, ConfigError, DataError
 from multimodal_dlm.layout import make_layout
 from multimodal_dlm.models.presets import get_preset
 from multimodal_dlm.models.transformer import UnifiedTransformerModel
+from multimodal_dlm.pipelines.model_card import CARD_NAME, CardInfo
 from multimodal_dlm.pipelines.text_to_image import UnifiedTextToImagePipeline
 from multimodal_dlm.processing import UnifiedProcessor
 from multimodal_dlm.schedulers import ConfidenceScheduler
+from multimodal_dlm.tasks import TASKS
 from multimodal_dlm.tokenizers.image import ImageTokenizer
 from multimodal_dlm.tokenizers.text import load_text_tokenizer, text_fingerprint
 from multimodal_dlm.training.batches import BatchSource, CanvasBatches, PixelBatches
@@ -231,6 +233,7 @@ def _transformer_job(
             pack_length=config.data.pack_length,
         )
 
+    tasks = trained_tasks(manifest, config.model.init_from)
     components = {
         "tokenizer": tokenizer,
         "image_tokenizer": image_tokenizer,
@@ -248,7 +251,7 @@ def _transformer_job(
             scheduler=components["scheduler"],
             tokenizer=tokenizer,
             image_tokenizer=image_tokenizer,
-        ).save_pretrained(path)
+        ).save_pretrained(path, card=CardInfo(tasks=tasks))
 
     return Job(
         model,
@@ -259,6 +262,22 @@ def _transformer_job(
         components,
         batches(held_out) if held_out else None,
     )
+
+
+def trained_tasks(manifest: Manifest, init_from: str | None = None) -> tuple[str, ...]:
+    """Tasks that a model knows after a run, for its card; none where that is not known.
+
+    Args:
+        manifest: Data of the run.
+        init_from: Pipeline the run started from, whose tasks, as its card has them, count too.
+    """
+    found = {task for source in manifest.sources.values() for task, n in source.tasks.items() if n}
+    if init_from is not None:
+        known = CardInfo.load(init_from).tasks if (Path(init_from) / CARD_NAME).is_file() else ()
+        if not known:
+            return ()
+        found |= set(known)
+    return tuple(task for task in TASKS if task in found)
 
 
 def _build_transformer(

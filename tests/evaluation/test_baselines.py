@@ -8,11 +8,18 @@ from multimodal_dlm.evaluation.baselines import BlindAnswers, NearestPictures, p
 
 
 def test_blind_answers_are_the_most_frequent_by_question():
-    blind = BlindAnswers([("is it red?", "no"), ("Is it red", "no"), ("is it red?", "yes"),
-                          ("what?", "cat"), ("what?", "ant"), ("who?", "no")])  # fmt: skip
-    assert blind.answer("is it RED?") == "no"
-    assert blind.answer("what?") == "ant"  # A tie: the first in the alphabet.
-    assert blind.answer("never asked") == "no"
+    blind = BlindAnswers([
+        ("is it red?", "no", "is"), ("Is it red", "no", "is"), ("is it red?", "yes", "is"),
+        ("what?", "cat", "what"), ("what?", "ant", "what"), ("which?", "cat", "what"),
+    ])  # fmt: skip
+    assert blind.answer("is it RED?", "is") == "no"
+    assert blind.answer("what?", "what") == "ant"  # A tie: the first in the alphabet.
+    # Training never asked it: the most frequent answer of its type, not "cat" or "no" of all.
+    assert blind.answer("never asked", "what") == "cat"
+    assert blind.answer("never asked", "is") == "no"
+    assert blind.majority == "cat"
+    assert blind.answer("never asked", "of no type") == "cat"
+    assert [blind.majority_of(kind) for kind in ("is", "what", "else")] == ["no", "cat", "cat"]
 
 
 def test_baselines_need_data():

@@ -74,5 +74,8 @@ def test_a_scorer_is_fitted_by_the_command(capsys, tmp_path):
     assert values == json.loads((tmp_path / "accuracy.json").read_text())
     assert set(values["accuracy"]) == {"held_out", "unseen_combinations"}
     assert 0.0 <= values["accuracy"]["held_out"]["auc"] <= 1.0
+    for found in values["accuracy"].values():
+        assert found["chance_at_1"] == pytest.approx(1 / values["num_names"], abs=1e-5)
+        assert found["chance_at_5"] == pytest.approx(5 / values["num_names"], abs=1e-5)
     assert values["num_pictures"] + values["accuracy"]["held_out"]["pictures"] == 96
     assert (tmp_path / "model.safetensors").stat().st_size < 2 * 2**20

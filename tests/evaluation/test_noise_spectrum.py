@@ -88,6 +88,8 @@ def test_the_sweep_of_a_tiny_pipeline(tmp_path, monkeypatch):
     (curve,) = (each for title, each in found.curves.items() if "one step" in title)
     assert curve.lines["codes right"][0] == 1.0  # Nothing is masked.
     assert "codes_right.0" not in found.metrics
+    chance = 1 / pipe.image_tokenizer.codebook_sizes[0]
+    assert found.metrics["codes_right.1"].baselines == {"chance": pytest.approx(chance)}
     again = measure_noise_spectrum(pipe, HeldOut(source, "train", batch_size=30), **options)
     for name, metric in again.metrics.items():
         assert metric.value == pytest.approx(found.metrics[name].value, abs=0.1), name

@@ -1,5 +1,6 @@
 """Slots of captions and things in pictures by hand; scenes measured with a reader that knows."""
 
+from collections import Counter
 from types import SimpleNamespace
 
 import numpy as np
@@ -110,6 +111,18 @@ def test_scene_captions_of_a_known_reader(scenes):
     lazy = measure_scene_captions(Reader(["two apples on a white background"] * 99), data).metrics
     assert lazy["f1"].value < 0.5
     assert lazy["slot.count"].n == sum("count" in slots_of_caption(caption) for caption in true)
+    # Saying the most frequent count of training in every caption is what `majority` does.
+    said = train_slots(scenes, "count")
+    most = min(said, key=lambda value: (-said[value], value))
+    usual = measure_scene_captions(Reader([f"{most} apples"] * 99), data).metrics["slot.count"]
+    assert usual.value == usual.baselines["majority"] == lazy["slot.count"].baselines["majority"]
+    assert usual.value > 0
+
+
+def train_slots(source, slot):
+    reader = HeldOut(source, "test").reader("train")
+    captions = [trained_caption(source, reader.record(index)) for index in range(len(reader))]
+    return Counter(s[slot] for s in map(slots_of_caption, captions) if slot in s)
 
 
 def test_drawn_scenes_are_judged_by_what_they_show(scenes, monkeypatch):
@@ -126,3 +139,29 @@ def test_drawn_scenes_are_judged_by_what_they_show(scenes, monkeypatch):
     assert empty["count"].value == 0.0
     assert empty["background"].value < 1.0
     assert set(empty) <= {"background", "count", "place"}
+    true = [slots_of_caption(trained_caption(scenes, sample.record)) for sample in data.samples()]
+    for slot in empty:
+        said = train_slots(scenes, slot)
+        most = min(said, key=lambda value: (-said[value], value))
+        hits = [row[slot] == most for row in true if slot in row]
+        baselines = empty[slot].baselines
+        assert baselines["chance"] == pytest.approx(1 / len(said))
+        if len(hits) == empty[slot].n:  # Every color was seen in training.
+            assert baselines["majority"] == pytest.approx(sum(hits) / len(hits))
+
+
+def test_a_relation_stands_beside_chance(scenes, monkeypatch):
+    class Judge:
+        def __init__(self, folder):
+            pass
+
+        def is_first(self, crops, names):
+            return True
+
+    data = HeldOut(scenes, "test")
+    monkeypatch.setattr(scene_drawings, "_Judge", Judge)
+    real = [sample.image for sample in data.samples()]
+    monkeypatch.setattr(scene_drawings, "draw_pictures", lambda *_: real)
+    found = measure_scene_drawings(None, data, scorer="any").metrics["relation"]
+    assert found.baselines["chance"] == 0.5
+    assert "majority" not in found.baselines

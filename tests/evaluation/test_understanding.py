@@ -1,12 +1,15 @@
 """Captions and answers measured on real shards with readers whose quality is known."""
 
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
+from multimodal_dlm.datasets.reading import iterate_samples
 from multimodal_dlm.errors import DataError
 from multimodal_dlm.evaluation.held_out import HeldOut
+from multimodal_dlm.evaluation.measures import answers
 from multimodal_dlm.evaluation.measures.answers import confusion, measure_answers
 from multimodal_dlm.evaluation.measures.captions import measure_captions
 from multimodal_dlm.evaluation.measures.lengths import measure_lengths
@@ -43,11 +46,28 @@ def test_answers_of_a_known_reader(source):
     # Blind: every "is it a square?" is yes; of three balanced colors it always says blue.
     assert metrics["accuracy.color"].baselines["blind"] == pytest.approx(1 / 3)
     assert metrics["accuracy.yes_no"].baselines["blind"] == 1.0
-    assert metrics["accuracy.color"].baselines["majority"] == 0.0
+    # Of all training answers "yes" is the most frequent, of those to questions of color "blue".
+    assert metrics["accuracy"].baselines["majority"] == pytest.approx(1 / 2)
+    assert metrics["accuracy.color"].baselines["majority"] == pytest.approx(1 / 3)
+    assert metrics["accuracy.yes_no"].baselines["majority"] == 1.0
     # Every picture has one right and one wrong answer: drawing pictures changes nothing.
     assert (metrics["accuracy"].low, metrics["accuracy"].high) == (0.5, 0.5)
     assert found.tables["answers of type yes_no"].columns == ["yes", "other"]
     assert list(found.tables["answers of type color"].counts[0]) == [1, 0, 0]
+
+
+def test_a_question_never_asked_in_training_gets_its_types_answer(source, monkeypatch):
+    def reworded(source, split):
+        for sample in iterate_samples(source, split):
+            pairs = tuple(
+                replace(pair, question=f"say: {pair.question}") for pair in sample.record.qa
+            )
+            yield replace(sample, record=replace(sample.record, qa=pairs))
+
+    monkeypatch.setattr(answers, "iterate_samples", reworded)
+    metrics = measure_answers(Oracle(), HeldOut(source, "test")).metrics
+    assert metrics["accuracy.color"].baselines["blind"] == pytest.approx(1 / 3)
+    assert metrics["accuracy"].baselines["blind"] == pytest.approx(4 / 6)
 
 
 def test_confusion_counts_by_hand():

@@ -1,7 +1,6 @@
 """The generated model card: complete, valid for the Hub, and true."""
 
 import ast
-import json
 
 import pytest
 import yaml
@@ -83,10 +82,9 @@ def test_file_hashes_are_those_of_the_manifest(pipe, tmp_path):
         assert f"| `{name}` | `{digest}` |" in body
 
 
-def test_metrics_of_a_report_are_listed(pipe, tmp_path):
-    report = tmp_path / "report.json"
-    report.write_text(json.dumps({"metrics": {"vqa": {"accuracy": 0.91234, "speed": None}}}))
-    info = CardInfo(metrics=read_report(report), data="emoji", training="two hours", limits="small")
+def test_metrics_are_listed(pipe, tmp_path):
+    metrics = {"vqa": {"accuracy": 0.91234, "speed": None}}
+    info = CardInfo(metrics=metrics, data="emoji", training="two hours", limits="small")
     _, body = card_of(pipe, tmp_path / "model", info)
     assert "| vqa / accuracy | 0.9123 |" in body
     assert "| vqa / speed | not measured |" in body
@@ -116,4 +114,6 @@ def test_damaged_cards_and_reports_are_refused(tmp_path):
     with pytest.raises(CheckpointError, match="not valid JSON"):
         CardInfo.load(tmp_path)
     with pytest.raises(DataError, match="readable JSON report"):
-        read_report(tmp_path / "missing.json")
+        read_report(tmp_path / "missing.json", tmp_path)
+    with pytest.raises(ConfigError, match="Unknown task of a model card `vqaa`"):
+        CardInfo(tasks=("vqaa",))

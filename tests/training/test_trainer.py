@@ -100,6 +100,7 @@ def test_the_run_folder_says_what_ran_and_the_export_draws(run_root):
     assert not [path for path in folder.rglob("*") if path.suffix in (".pt", ".bin", ".pkl")]
     pipe = load_pipeline(result["export"])
     assert pipe.transformer.num_parameters() > 0
+    assert pipe.card.tasks == ("text_to_image", "caption", "vqa", "joint")
     images = pipe("a red square", num_inference_steps=2).images
     assert images[0].size == (32, 32)
     ema = final_tensors(config)["ema/embed_tokens.weight"]

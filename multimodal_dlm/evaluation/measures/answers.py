@@ -53,7 +53,8 @@ def measure_answers(
     """Exact match of the answers, in all and by question type.
 
     Intervals draw pictures, not questions. Baselines: `blind` is the most frequent training answer
-    to the same question, `majority` the most frequent of all.
+    to the same question, or to its type where training never asked it; `majority` the most frequent
+    of all for `accuracy`, and the most frequent of that type for `accuracy.TYPE`.
 
     Args:
         pipeline: Answers the questions.
@@ -65,11 +66,11 @@ def measure_answers(
     asked = list_questions(data)
     texts = data.texts(pipeline, [q.image for q in asked], [q.question for q in asked])
     right = [exact_match(text, q.answer) for text, q in zip(texts, asked, strict=True)]
-    baselines = _baselines(data, asked)
+    blind = _blind(data)
     kinds = sorted({q.kind for q in asked})
-    metrics = {"accuracy": _accuracy(asked, right, baselines, None, data.seed)}
+    metrics = {"accuracy": _accuracy(asked, right, blind, None, data.seed)}
     for kind in kinds:
-        metrics[f"accuracy.{kind}"] = _accuracy(asked, right, baselines, kind, data.seed)
+        metrics[f"accuracy.{kind}"] = _accuracy(asked, right, blind, kind, data.seed)
     tables = {}
     for kind in kinds:
         rows = [(q, t) for q, t in zip(asked, texts, strict=True) if q.kind == kind]
@@ -105,32 +106,34 @@ def confusion(truths: Sequence[str], predictions: Sequence[str]) -> Table | None
 def _accuracy(
     asked: Sequence[Question],
     right: Sequence[bool],
-    baselines: dict[str, list[bool]],
+    blind: BlindAnswers | None,
     kind: str | None,
     seed: int,
 ) -> Metric:
     """Share of right answers to questions of a type, of all when None."""
     places = [i for i, q in enumerate(asked) if kind is None or q.kind == kind]
+    rows = [asked[i] for i in places]
+    baselines = {}
+    if blind is not None:
+        most = blind.majority if kind is None else blind.majority_of(kind)
+        baselines = {
+            "blind": [exact_match(blind.answer(q.question, q.kind), q.answer) for q in rows],
+            "majority": [exact_match(most, q.answer) for q in rows],
+        }
     return mean_metric(
         [right[i] for i in places],
-        groups=[asked[i].picture for i in places],
-        baselines={name: [rows[i] for i in places] for name, rows in baselines.items()},
+        groups=[q.picture for q in rows],
+        baselines=baselines,
         seed=seed,
     )
 
 
-def _baselines(data: HeldOut, asked: Sequence[Question]) -> dict[str, list[bool]]:
-    """Right answers of the baselines; none when the dataset has no training questions."""
+def _blind(data: HeldOut) -> BlindAnswers | None:
+    """Answers without looking; None when the dataset has no training questions."""
     reader = data.reader("train")
     records = (reader.record(index) for index in range(len(reader)))
-    pairs = [(pair.question, pair.answer) for record in records for pair in record.qa]
-    if not pairs:
-        return {}
-    blind = BlindAnswers(pairs)
-    return {
-        "blind": [exact_match(blind.answer(q.question), q.answer) for q in asked],
-        "majority": [exact_match(blind.majority, q.answer) for q in asked],
-    }
+    rows = [(pair.question, pair.answer, pair.type) for record in records for pair in record.qa]
+    return BlindAnswers(rows) if rows else None
 
 
 def list_questions(data: HeldOut) -> list[Question]:

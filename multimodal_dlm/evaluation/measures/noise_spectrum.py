@@ -45,9 +45,10 @@ def measure_noise_spectrum(
     the mean hidden state of the picture (the noisy target), and of the caption's masks (what a
     caption would be written from, the picture being its noisy condition). `reconstructed` fills all
     masks with their most likely codes at once and reads the result, as a clean picture, with the
-    probe of clean pictures; `codes_right` is the share of the masked codes that come back exactly.
-    Folds and resamples go by name: pictures of one name (`name_of_sample`) stay together. Baseline
-    `majority` is the most frequent label. Metrics are named `WHAT.ATTRIBUTE.LEVEL`.
+    probe of clean pictures; `codes_right` is the share of the masked codes that come back exactly
+    (`chance`: any code of its codebook, each as likely). Folds and resamples go by name: pictures
+    of one name (`name_of_sample`) stay together. Baseline `majority` is the most frequent label.
+    Metrics are named `WHAT.ATTRIBUTE.LEVEL`.
 
     Args:
         pipeline: Any text-to-image pipeline.
@@ -99,7 +100,12 @@ def measure_noise_spectrum(
             )
             metrics[f"reconstructed.{name}.{level:g}"] = again
             lines["reconstructed"].setdefault(name, []).append(again.value)
-    right = [mean_metric(state.codes_right, groups=units, seed=data.seed) for state in states]
+    sizes = pipeline.image_tokenizer.codebook_sizes  # Grids of all levels are of one size.
+    chance = {"chance": sum(1 / size for size in sizes) / len(sizes)}
+    right = [
+        mean_metric(state.codes_right, groups=units, baselines=chance, seed=data.seed)
+        for state in states
+    ]
     for level, metric in list(zip(levels, right, strict=True))[1:]:
         metrics[f"codes_right.{level:g}"] = metric
     lines["reconstructed"]["codes right"] = [metric.value for metric in right]

@@ -7,6 +7,7 @@ import numpy as np
 from PIL import Image
 
 from multimodal_dlm.datasets.schema import Sample
+from multimodal_dlm.evaluation.baselines import most_frequent
 from multimodal_dlm.evaluation.held_out import HeldOut
 from multimodal_dlm.evaluation.measurement import Measurement, mean_metric, register_measure
 from multimodal_dlm.evaluation.measures.likelihood import trained_caption
@@ -16,6 +17,7 @@ from multimodal_dlm.evaluation.scene_slots import (
     COUNTS,
     Blob,
     background_of,
+    count_slots,
     find_blobs,
     slots_of_caption,
 )
@@ -48,9 +50,10 @@ def measure_scene_drawings(
     `place`: the largest thing lies in that ninth of the picture; `background`: the rim's color is
     nearest to the training pictures' mean color of that name; `relation` (with a `scorer`): of the
     two largest things, the one that looks more like the first object lies left of, or above, the
-    other (chance 0.5 once there are two). Baselines: `real` pictures of the same captions, the
-    ceiling of this way to look, and the `nearest_neighbour`, the training picture whose caption
-    shares most words.
+    other. Baselines: `real` pictures of the same captions, the ceiling of this way to look; the
+    `nearest_neighbour`, the training picture whose caption shares most words; `chance`, one of the
+    values that training captions give the slot, each as likely (0.5 for the `relation` of two
+    things that are there); and `majority`, the most frequent of these values, whatever is asked.
 
     Args:
         pipeline: Draws the scenes with its default settings.
@@ -75,11 +78,19 @@ def measure_scene_drawings(
     colors = _mean_colors([reader[index] for index in range(min(len(reader), NUM_COLORED))])
     judge = _Judge(scorer) if scorer is not None else None
     found = {who: _judged(some, slots, colors, judge) for who, some in pictures.items()}
+    usual = count_slots(captions)
     metrics = {}
     for slot in sorted({name for row in found["model"] for name in row}):
         rows = [place for place, row in enumerate(found["model"]) if slot in row]
         values = {who: [float(some[place][slot]) for place in rows] for who, some in found.items()}
-        baselines = {who: value for who, value in values.items() if who != "model"}
+        baselines: dict[str, Sequence[float] | float] = {**values}
+        del baselines["model"]
+        if slot == "relation":
+            baselines["chance"] = 0.5
+        elif slot in usual:
+            baselines["chance"] = 1 / len(usual[slot])
+            most = most_frequent(usual[slot])
+            baselines["majority"] = [float(slots[place][slot] == most) for place in rows]
         metrics[slot] = mean_metric(values["model"], baselines=baselines, seed=data.seed)
     images = [Image.fromarray(picture) for picture in drawn[:NUM_SHOWN]]
     return Measurement(metrics, {"drawn": contact_sheet(images, prompts[:NUM_SHOWN], columns=6)})

@@ -1,10 +1,13 @@
 """What more steps buy: quality of drawings and captions against the number of steps."""
 
+from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
 from PIL import Image
 
+from multimodal_dlm.datasets.schema import Sample
+from multimodal_dlm.evaluation.baselines import most_frequent
 from multimodal_dlm.evaluation.held_out import HeldOut
 from multimodal_dlm.evaluation.measurement import (
     Curve,
@@ -40,7 +43,7 @@ def measure_steps(
 
     `own_at_5.STEPS` and `kernel_distance.STEPS` of the drawings are those of `text_to_image`
     (EfficientNet-Lite0 features; the distance of few pictures is noisy), `exact.STEPS` the share of
-    captions with the exact name.
+    captions with the exact name; `majority` is the most frequent training name.
 
     Args:
         pipeline: Draws and reads.
@@ -61,6 +64,12 @@ def measure_steps(
     read.set_progress_bar_config(disable=True)
     metrics: dict[str, Metric] = {}
     lines: dict[str, list[float]] = {"own_at_5": [], "exact": []}
+    reader = data.reader("train")
+    known = Counter(name_of_sample(Sample(reader.record(index))) for index in range(len(reader)))
+    usual = {}
+    if known:
+        most = most_frequent(known)
+        usual["majority"] = [exact_match(most, truth) for truth in truths]
     chance = min(1.0, 5 / len(samples))
     for count in steps:
         drawn = features(draw_pictures(pipeline, prompts, data, num_inference_steps=count))
@@ -72,7 +81,7 @@ def measure_steps(
         own = hits_of_own(drawn, real, 5)
         found = {
             "own_at_5": mean_metric(own, baselines={"chance": chance}, seed=data.seed),
-            "exact": mean_metric(right, seed=data.seed),
+            "exact": mean_metric(right, baselines=usual, seed=data.seed),
         }
         distance = 1000 * kernel_distance(drawn, real)
         metrics |= {f"{name}.{count}": metric for name, metric in found.items()}
