@@ -7,7 +7,7 @@ Theorem 1), so conditioning can only help a finite model; uniform noise needs it
 import math
 from dataclasses import dataclass
 from functools import cached_property
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -35,13 +35,13 @@ class Modulation:
         features: One row for each level present, (rows, width).
         rows: Row of `features` for each token, (batch, length).
         known: Tables that earlier forwards made of the same features, by the parameter and the half
-            they are for (halves of `level_tables` count on after those of `token_tables`); None
-            where nothing is kept.
+            they are for (halves of `level_tables`, which keep three tables each, count on after
+            those of `token_tables`); None where nothing is kept.
     """
 
     features: Float[Tensor, "rows width"]
     rows: Int[Tensor, "batch length"]
-    known: dict[tuple[Tensor, int], Tensor] | None = None
+    known: dict[tuple[Tensor, int], Any] | None = None
 
     def tables(self, offset: Float[Tensor, "six width"]) -> tuple[Tensor, ...]:
         """Shift, scale, gate of the attention and of the MLP, each (rows, width)."""
@@ -139,14 +139,13 @@ def level_tables(gating: Gating, weight: Float[Tensor, " width"]) -> tuple[Tenso
     """
     known, (offset, half) = gating.modulation.known, gating.key
     key = offset, half + NUM_HALVES
-    table = None if known is None else known.get(key)
-    if table is None:
+    tables = None if known is None else known.get(key)
+    if tables is None:
         shift, scale, gate = (part.float() for part in gating.own)
-        table = torch.stack([weight * (1 + scale), shift, 1 + gate])
+        tables = weight * (1 + scale), shift.contiguous(), 1 + gate
         if known is not None:
-            known[key] = table
-    factor, shift, gate = table
-    return factor, shift, gate
+            known[key] = tables
+    return tables
 
 
 class NoiseConditioning(nn.Module):
