@@ -193,7 +193,7 @@ class CardTasks:
             "vqa": ("answers", image_to_text.ANSWER_LENGTH),
         }
         kinds = [usual[task] for task in self.reads]
-        pipelines = [image_to_text.UnifiedImageToTextPipeline] if kinds else []
+        pipelines: list[type] = [image_to_text.UnifiedImageToTextPipeline] if kinds else []
         length = text_generation.TEXT_LENGTH
         if self.writes and (usual["caption"] not in kinds or length != usual["caption"][1]):
             kinds.append(("texts", length))
