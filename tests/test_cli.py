@@ -366,7 +366,8 @@ def test_step_plan_of_a_tiny_pipeline(capsys, tiny, tmp_path):
     assert planned.config.modalities["image"]["step_profile"] == values["values"]
     assert planned.config.modalities["text"]["step_profile"] is None
     checked = succeed(
-        capsys, "study", "step-plan", *given, "--points", "3", "--check-split", "test"
+        capsys, "study", "step-plan", *given, "--points", "3", "--limit", "1",
+        "--check-split", "test",
     )  # fmt: skip
     assert {pair["against"] for pair in checked["check"]["comparisons"]} >= {"cosine 16"}
     wrong = fail(capsys, "study", "step-plan", *given, "--task", "captions")

@@ -116,7 +116,6 @@ def test_what_is_known_only_grows_and_rows_can_be_passed_over(pipe, source, monk
         assert bool((after <= before).all())
     rest = measure_step_profile(pipe, source, skip=1, **options)
     assert (whole.num_rows, rest.num_rows) == (3, 2)
-    assert rest.values[0] != whole.values[0]
     with pytest.raises(DataError, match=r"in split `test` beyond the first 3"):
         measure_step_profile(pipe, source, skip=3, **options)
 

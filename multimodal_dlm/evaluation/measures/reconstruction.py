@@ -99,5 +99,6 @@ def measure_reconstruction(
             metrics[f"{name}.{number}"] = Metric(float(measured), None, None, level.numel())
     pairs = [[(given, "given"), (back, "decoded")] for given, back in zip(*shown, strict=True)]
     half = -(-len(pairs) // 2)
-    sheet = grid_sheet([sum(pairs[:half], []), sum(pairs[half:], [])], cell=96)
+    lines = [sum(part, []) for part in (pairs[:half], pairs[half:]) if part]
+    sheet = grid_sheet(lines, cell=96)
     return Measurement(metrics, {"given and decoded": sheet})
