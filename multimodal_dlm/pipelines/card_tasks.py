@@ -66,7 +66,7 @@ class CardTasks:
         return f"One {kind} transformer" + (f" to {_listed(deeds)}." if deeds else ".")
 
     def knows_pictures(self) -> bool:
-        """Whether a task of its has a picture."""
+        """Whether one of the tasks has a picture."""
         return bool(set(self.tasks) - {"text", "unconditional_text"})
 
     # Sections.
