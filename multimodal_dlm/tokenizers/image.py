@@ -52,7 +52,9 @@ class ImageTokenizer(ModelMixin, ConfigMixin):
             then has one code wherever it is, which a backbone learns much faster than codes that
             carry their neighbours' detail.
         quantizer: `{"type": "fsq" | "lfq" | "vq", ...}`, see `build_quantizer`.
-        fingerprint: SHA-256 of the released float32 tensors; None while training.
+        fingerprint: SHA-256 of what gives the codes their meaning, the encoder and the quantizer,
+            at release; None while training. A better decoder keeps it, and so fits every backbone
+            that was trained on the codes.
     """
 
     _supports_group_offloading = True
@@ -126,9 +128,13 @@ class ImageTokenizer(ModelMixin, ConfigMixin):
         return self.config["fingerprint"] or self.compute_fingerprint()
 
     def compute_fingerprint(self) -> str:
-        """SHA-256 over the names and the float32 bytes of all tensors, in name order."""
+        """SHA-256 over the settings of the quantizer, and over the names and the float32 bytes of
+        the tensors of encoder and quantizer in name order."""
         digest = hashlib.sha256()
+        digest.update(json.dumps(self.config["quantizer"], sort_keys=True).encode())
         for name, tensor in sorted(self.state_dict().items()):
+            if name.startswith("decoder."):
+                continue
             digest.update(name.encode())
             digest.update(tensor.detach().float().cpu().contiguous().numpy().tobytes())
         return digest.hexdigest()

@@ -3,7 +3,7 @@
 The loop receives a model, an objective, batches and an export function, and knows no more.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -123,8 +123,36 @@ def build_job(
     held_out = _held_out(config, rank, world_size)
     objective = build_objective(config.objective.name, **config.objective.options)
     if config.model.component == "image_tokenizer":
-        return _image_tokenizer_job(config, manifest, portion, held_out, objective)
-    return _transformer_job(config, manifest, portion, held_out, objective, device, is_dry_run)
+        job = _image_tokenizer_job(config, manifest, portion, held_out, objective)
+    else:
+        job = _transformer_job(config, manifest, portion, held_out, objective, device, is_dry_run)
+    freeze(job.model, config.model.frozen)
+    return job
+
+
+def freeze(model: nn.Module, names: Sequence[str]) -> None:
+    """Keep modules as they are: their parameters get no gradients.
+
+    Args:
+        model: Component.
+        names: Names of modules, as in `named_modules`.
+
+    Raises:
+        ConfigError: When a name is no module's, or nothing is left to train.
+    """
+    modules = dict(model.named_modules())
+    for name in names:
+        if not name or name not in modules:
+            children = [f"`{child}`" for child, _ in model.named_children()]
+            raise ConfigError(
+                f"`model.frozen` must name modules of the component; got `{name}`. It has"
+                f" {', '.join(children)} and what is in them."
+            )
+        modules[name].requires_grad_(False)
+    if names and not any(parameter.requires_grad for parameter in model.parameters()):
+        raise ConfigError(
+            f"`model.frozen` must leave something to train; got {list(names)}. Name fewer modules."
+        )
 
 
 def _check_parts(config: TrainConfig) -> None:

@@ -68,11 +68,22 @@ def test_a_saved_config_holds_no_local_path(tokenizer, tmp_path):
     assert str(tmp_path) not in (tmp_path / "second" / "config.json").read_text()
 
 
-def test_the_fingerprint_sees_one_changed_weight(tokenizer):
+def test_the_fingerprint_is_of_what_gives_codes_their_meaning(tokenizer):
     before = tokenizer.compute_fingerprint()
     with torch.no_grad():
         tokenizer.decoder[0].weight[0, 0, 0, 0] += 1e-3
+        assert tokenizer.compute_fingerprint() == before
+        tokenizer.encoder[0].weight[0, 0, 0, 0] += 1e-3
     assert tokenizer.compute_fingerprint() != before
+
+
+def test_the_fingerprint_sees_another_quantizer():
+    made = []
+    for levels in ([8, 5, 5], [5, 8, 5]):
+        torch.manual_seed(0)
+        made.append(ImageTokenizer(**{**TINY, "quantizer": {"type": "fsq", "levels": levels}}))
+    made[1].load_state_dict(made[0].state_dict(), strict=False)
+    assert made[0].compute_fingerprint() != made[1].compute_fingerprint()
 
 
 def test_bad_input_gets_a_sentence(tokenizer):

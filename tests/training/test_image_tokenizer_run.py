@@ -40,6 +40,32 @@ def test_an_image_tokenizer_is_trained_by_the_same_loop(run_root):
     assert codes[0].shape == (1, 4, 4)
 
 
+def test_a_decoder_is_trained_alone_for_the_same_codes(run_root):
+    config = tokenizer_config(run_root, num_train_steps=2, output_dir=str(run_root / "decoder"))
+    start = ImageTokenizer.from_pretrained(run_root / "image")
+    model = ModelConfig("image_tokenizer", init_from=str(run_root / "image"), frozen=("encoder",))
+    result = train(dataclasses.replace(config, model=model))
+    after = ImageTokenizer.from_pretrained(result["export"])
+    assert after.fingerprint == start.compute_fingerprint()
+    for (name, old), new in zip(
+        start.state_dict().items(), after.state_dict().values(), strict=True
+    ):
+        assert torch.equal(old, new) == (not name.startswith("decoder.")), name
+
+
+def test_what_is_frozen_must_exist_and_leave_something(run_root):
+    model = ModelConfig("image_tokenizer", init_from=str(run_root / "image"))
+    config = dataclasses.replace(tokenizer_config(run_root), model=model)
+    for frozen, message in (
+        (("encode",), r"got `encode`. It has .*`encoder`, `decoder`"),
+        (("encoder", "decoder", "bottleneck"), "must leave something to train"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            describe(
+                dataclasses.replace(config, model=dataclasses.replace(model, frozen=frozen))
+            )
+
+
 @pytest.mark.parametrize(
     ("component", "objective", "changes", "message"),
     [

@@ -48,7 +48,7 @@ class EmojiScenesRecipe(Recipe):
     """Scenes of one to four objects with captions and questions that have one answer."""
 
     name = "emoji_scenes"
-    version = 2
+    version = 3
     packages = PACKAGES
     splits = ("train", "val", "test", *_RULES, "test_objects")
     caption_templates = (
@@ -74,8 +74,8 @@ class EmojiScenesRecipe(Recipe):
     }
 
     def count(self, split: str) -> int:
-        """24,000 training scenes and 1,000 of each other split."""
-        return 24_000 if split == "train" else 1_000
+        """48,000 training scenes and 1,000 of each other split."""
+        return 48_000 if split == "train" else 1_000
 
     @cached_property
     def _drawings(self) -> dict[tuple[str, str], Drawing]:
