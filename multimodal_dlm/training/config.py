@@ -118,21 +118,26 @@ class ObjectiveConfig:
 
 @dataclass(frozen=True)
 class OptimizerConfig:
-    """AdamW (Loshchilov & Hutter 2019, arXiv 1711.05101).
+    """AdamW (Loshchilov & Hutter 2019, arXiv 1711.05101), or Muon for the hidden matrices.
 
     Args:
+        name: `adamw`, or `muon`: the matrices of the backbone's blocks by orthogonalized momentum
+            (Liu et al. 2025, arXiv 2502.16982), everything else by AdamW.
         lr: Peak learning rate.
         betas: Decay of the two moments.
         eps: Added to the denominator.
         weight_decay: On matrices only: no norm, bias or modulation table is decayed.
         max_grad_norm: Gradients are scaled down to this global norm; .inf for no clipping.
+        momentum: Of Muon.
     """
 
+    name: Literal["adamw", "muon"] = "adamw"
     lr: float = 1e-3
     betas: tuple[float, float] = (0.9, 0.98)
     eps: float = 1e-8
     weight_decay: float = 0.03
     max_grad_norm: float = 1.0
+    momentum: float = 0.95
 
 
 @dataclass(frozen=True)
@@ -230,7 +235,7 @@ class TrainConfig:
         tokenizers: Tokenizer folders.
         data: What is read.
         objective: What is minimised.
-        optimizer: AdamW.
+        optimizer: AdamW or Muon.
         lr_schedule: Warm-up and cosine.
         checkpoint: When the run is saved.
         evaluation: Held-out bounds during the run.
@@ -439,6 +444,10 @@ def _check_optimizer(config: OptimizerConfig) -> None:
         raise ConfigError(
             f"`optimizer.weight_decay` must not be negative; got {config.weight_decay}. Use 0 for"
             " none."
+        )
+    if not 0.0 <= config.momentum < 1.0:
+        raise ConfigError(
+            f"`optimizer.momentum` must lie in [0, 1); got {config.momentum}. Use 0.95."
         )
     if not config.max_grad_norm > 0:
         raise ConfigError(

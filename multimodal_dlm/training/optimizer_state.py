@@ -17,7 +17,7 @@ from torch.optim import Optimizer
 _OPTIONS = StateDictOptions(full_state_dict=True, cpu_offload=True)
 _SEPARATOR = "//"
 # What a config sets in every group; the learning rate is set anew in each step.
-_SETTINGS = ("betas", "eps", "weight_decay")
+_SETTINGS = ("betas", "eps", "weight_decay", "momentum")
 
 
 def model_tensors(model: nn.Module) -> dict[str, Tensor]:

@@ -125,10 +125,12 @@ class Trainer:
         options = self.config.optimizer
         return build_optimizer(
             model,
+            name=options.name,
             lr=options.lr,
             betas=options.betas,
             eps=options.eps,
             weight_decay=options.weight_decay,
+            momentum=options.momentum,
         )
 
     def fit(self) -> dict[str, Any]:

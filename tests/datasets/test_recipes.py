@@ -178,7 +178,7 @@ def test_scene_answers_are_balanced_and_rules_are_flagged() -> None:
     for plan in drawn:
         for q in plan.questions:
             by_type[q.type][q.answer] += 1
-    for kind in ("is_there", "is_relation", "is_count"):
+    for kind in ("is_there", "is_relation", "is_reverse_relation", "is_count"):
         assert by_type[kind]["yes"] == by_type[kind]["no"] > 50
     for plan in drawn:
         combination = is_held_out("style_background", plan.style, plan.background)

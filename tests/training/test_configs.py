@@ -25,7 +25,10 @@ SAMPLE = "datasets/sample.yaml"
 
 def test_all_configs_are_found():
     names = [path.relative_to(ROOT / "configs").as_posix() for path in CONFIGS]
-    stages = ("", "_compare", "_draw", "_end", "_finish", "_shapes", "_teach")
+    stages = (
+        *("", "_compare", "_draw", "_end", "_finish", "_names"),
+        *("_relations", "_shapes", "_teach"),
+    )
     assert names == [
         *(
             f"baselines/{each}.yaml"
@@ -38,6 +41,7 @@ def test_all_configs_are_found():
         *(f"released{stage}.yaml" for stage in stages),
         "smoke.yaml",
         "tokenizers/image.yaml",
+        "tokenizers/image_decoder.yaml",
     ]
 
 

@@ -130,7 +130,12 @@ def _count(
 def _relation(
     first: SceneObject, second: SceneObject, draws: KeyedDraws
 ) -> tuple[Placed, str, str, tuple[QuestionAnswer, ...], tuple[str, str, str]]:
-    """`first` to the left of or above `second`."""
+    """`first` to the left of or above `second`.
+
+    Yes/no questions with "left of" and "above" are of another type than those with "right of" and
+    "below": asked all alike, no two of picture, names and relation say anything about the answer,
+    so that training has nothing to start from (`question_weights` can begin with one type).
+    """
     relation = draws.choice(list(REVERSED))
     size = 26 + 2 * draws.integer(2)
     spread, drift = 16 + _jitter(draws, 1), _jitter(draws, 6)
@@ -147,8 +152,8 @@ def _relation(
         QuestionAnswer(f"what is {short_opposite} the {a}?", b, "what_relation"),
         QuestionAnswer(f"is the {a} {short} the {b}?", "yes", "is_relation"),
         QuestionAnswer(f"is the {b} {short} the {a}?", "no", "is_relation"),
-        QuestionAnswer(f"is the {b} {short_opposite} the {a}?", "yes", "is_relation"),
-        QuestionAnswer(f"is the {a} {short_opposite} the {b}?", "no", "is_relation"),
+        QuestionAnswer(f"is the {b} {short_opposite} the {a}?", "yes", "is_reverse_relation"),
+        QuestionAnswer(f"is the {a} {short_opposite} the {b}?", "no", "is_reverse_relation"),
     )
     sentence = f"{with_article(a)} {relation} {with_article(b)}"
     alternative = f"{with_article(b)} {opposite} {with_article(a)}"
