@@ -128,8 +128,11 @@ class ImageTokenizer(ModelMixin, ConfigMixin):
         return self.config["fingerprint"] or self.compute_fingerprint()
 
     def compute_fingerprint(self) -> str:
-        """SHA-256 over the settings of the quantizer, and over the names and the float32 bytes of
-        the tensors of encoder and quantizer in name order."""
+        """SHA-256 of what gives the codes their meaning.
+
+        Over the settings of the quantizer, and over the names and the float32 bytes of the tensors
+        of encoder and quantizer in name order.
+        """
         digest = hashlib.sha256()
         digest.update(json.dumps(self.config["quantizer"], sort_keys=True).encode())
         for name, tensor in sorted(self.state_dict().items()):

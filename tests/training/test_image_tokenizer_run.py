@@ -61,9 +61,7 @@ def test_what_is_frozen_must_exist_and_leave_something(run_root):
         (("encoder", "decoder", "bottleneck"), "must leave something to train"),
     ):
         with pytest.raises(ConfigError, match=message):
-            describe(
-                dataclasses.replace(config, model=dataclasses.replace(model, frozen=frozen))
-            )
+            describe(dataclasses.replace(config, model=dataclasses.replace(model, frozen=frozen)))
 
 
 @pytest.mark.parametrize(
