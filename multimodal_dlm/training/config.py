@@ -23,8 +23,8 @@ class ModelConfig:
         options: Constructor arguments that override the preset, or the whole image tokenizer.
         init_from: Folder of a saved component (or pipeline) to start from; None for new weights.
             Other options than the defaults must then be those of what is loaded.
-        frozen: Names of the component's modules that keep their weights, e.g. `[encoder]` of an
-            image tokenizer: a better decoder for the same codes.
+        frozen: Names of the component's modules that keep their weights, e.g. `[encoder]` of an FSQ
+            tokenizer: a better decoder for the same codes.
         max_text: Longest text window in tokens, `<eos>` included.
         unconditional_text: Masks that stand for "no caption".
         condition_attention: `prefix` (the condition never sees what is generated), `full`, or

@@ -120,6 +120,17 @@ def test_a_resumed_run_equals_a_straight_one_bit_for_bit(run_root):
         assert torch.equal(tensor, right[name]), name
 
 
+def test_a_step_gives_back_what_its_closure_gives():
+    optimizer = build_optimizer(Model(), name="muon", **SETTINGS)
+    assert optimizer.step(lambda: 3.0) == 3.0
+
+
+def test_matrices_in_shards_are_refused(monkeypatch):
+    monkeypatch.setattr("multimodal_dlm.training.optimizer.DTensor", torch.nn.Parameter)
+    with pytest.raises(ConfigError, match="lie in shards. Use `adamw`, or `sharding: none`"):
+        build_optimizer(Model(), name="muon", **SETTINGS)
+
+
 def test_bad_requests_get_a_sentence(run_root):
     with pytest.raises(ConfigError, match="must be `adamw` or `muon`; got `sgd`"):
         build_optimizer(Model(), name="sgd", **SETTINGS)
