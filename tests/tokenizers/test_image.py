@@ -1,8 +1,11 @@
+import math
+
 import pytest
 import torch
 from efficientnet_lite_pytorch import EfficientNet
 
 from multimodal_dlm.errors import CheckpointError, ConfigError, VocabularyError
+from multimodal_dlm.evaluation.measures.reconstruction import peak_signal_to_noise
 from multimodal_dlm.models import efficientnet
 from multimodal_dlm.models.efficientnet import load_efficientnet_lite0
 from multimodal_dlm.tokenizers.image import ImageTokenizer
@@ -201,3 +204,51 @@ def test_the_critic_learns_and_reaches_the_tokenizer():
 def test_weights_of_the_objective_are_checked():
     with pytest.raises(ConfigError, match="must not be negative"):
         Reconstruction(l1_weight=-1.0)
+    with pytest.raises(ConfigError, match="must be above 0"):
+        Reconstruction(l1_weight=0.0, l2_weight=0.0)
+    with pytest.raises(ConfigError, match=r"`mirrored_share` must be in \[0, 1\]; got 2"):
+        Reconstruction(mirrored_share=2.0)
+
+
+class FromList:
+    """Stands in for a model: gives back what it is told."""
+
+    def __init__(self, reconstruction):
+        self.reconstruction = reconstruction
+
+    def __call__(self, seen):
+        self.seen = seen
+        return self.reconstruction, torch.zeros(())
+
+
+def test_the_logarithm_of_the_error_is_the_mean_peak_signal_to_noise():
+    images = pixels(3)
+    noise = torch.randn(images.shape, generator=torch.Generator().manual_seed(1))
+    made = images + torch.tensor([0.3, 0.02, 0.0])[:, None, None, None] * noise
+    objective = Reconstruction(l1_weight=0, l2_weight=0, log_weight=1, perceptual_weight=0)
+    loss = objective(FromList(made), images, generator=torch.Generator()).loss
+    decibels = peak_signal_to_noise(made, images).clamp(max=60)  # The third is right already.
+    assert decibels[2] == 60
+    assert float(loss) == pytest.approx(float(-decibels.mean()) * math.log(10) / 10, rel=1e-5)
+
+
+def test_a_picture_is_mirrored_by_its_own_draw():
+    images = pixels(40)
+    seeds = list(range(40))
+
+    def seen(rows, share=0.5):
+        objective = Reconstruction(perceptual_weight=0.0, mirrored_share=share)
+        model = FromList(torch.zeros_like(images[rows], requires_grad=True))
+        own = [torch.Generator().manual_seed(seeds[row]) for row in rows]
+        objective(model, images[rows], generator=own)
+        return model.seen
+
+    rows = list(range(40))
+    shown = seen(rows)
+    is_mirrored = [bool((shown[row] == images[row].flip(2)).all()) for row in rows]
+    assert all(m or bool((shown[r] == images[r]).all()) for r, m in enumerate(is_mirrored))
+    assert 8 < sum(is_mirrored) < 32
+    assert torch.equal(seen(rows[7:19]), shown[7:19])  # Whatever the other rows.
+    assert torch.equal(seen(rows, share=1.0), images.flip(3))
+    with torch.no_grad():  # Measured as it is.
+        assert torch.equal(seen(rows), images)

@@ -12,6 +12,21 @@ from multimodal_dlm.errors import ConfigError
 from multimodal_dlm.training.objectives.base import Generators, Objective, ObjectiveOutput, Term
 from multimodal_dlm.training.perceptual import PerceptualDistance
 
+MIN_ERROR = 1e-6  # 60 dB: a picture that is right already has no say.
+
+
+def mirror(
+    pixels: Float[Tensor, "batch 3 h w"], share: float, generator: Generators
+) -> Float[Tensor, "batch 3 h w"]:
+    """Mirror a share of the pictures left to right, each decided by its own draw."""
+    one = isinstance(generator, torch.Generator)
+    draws = [
+        float(torch.rand((), generator=generator if one else generator[row]))
+        for row in range(len(pixels))
+    ]
+    is_mirrored = torch.tensor([draw < share for draw in draws], device=pixels.device)
+    return torch.where(is_mirrored[:, None, None, None], pixels.flip(3), pixels)
+
 
 class PatchCritic(nn.Module):
     """Scores patches of a picture as real or reconstructed (Isola et al. 2017, arXiv 1611.07004).
@@ -40,7 +55,7 @@ class PatchCritic(nn.Module):
 
 
 class Reconstruction(Objective):
-    """L1 + L2 + perceptual distance + the quantizer's own loss + an optional hinge critic.
+    """L1 + L2 + logarithm of L2 + perceptual distance + the quantizer's loss + a hinge critic.
 
     The critic (Esser et al. 2021, arXiv 2012.09841, section 3.1) and its optimizer belong to the
     objective: they start from the seed given here and are not part of a checkpoint, so a resumed
@@ -49,8 +64,11 @@ class Reconstruction(Objective):
     Args:
         l1_weight: Weight of the mean absolute error.
         l2_weight: Weight of the mean squared error.
+        log_weight: Weight of the mean over pictures of the natural logarithm of each one's mean
+            squared error. PSNR is this logarithm: alone it maximizes the mean PSNR of pictures.
         perceptual_weight: Weight of the EfficientNet-Lite0 distance; 0 loads no network.
         perceptual_rows: Rows of a micro-batch that the distance looks at (it dominates the time).
+        mirrored_share: Probability that a picture is mirrored left to right, 0 to 1.
         adversarial_weight: Weight of the critic; 0 builds none.
         critic_lr: Learning rate of the critic.
         critic_seed: Initial weights of the critic.
@@ -63,20 +81,27 @@ class Reconstruction(Objective):
         *,
         l1_weight: float = 1.0,
         l2_weight: float = 4.0,
+        log_weight: float = 0.0,
         perceptual_weight: float = 0.02,
         perceptual_rows: int = 12,
+        mirrored_share: float = 0.0,
         adversarial_weight: float = 0.0,
         critic_lr: float = 2e-4,
         critic_seed: int = 0,
     ) -> None:
-        weights = (l1_weight, l2_weight, perceptual_weight, adversarial_weight)
-        if min(weights) < 0 or max(l1_weight, l2_weight) == 0:
+        weights = (l1_weight, l2_weight, log_weight, perceptual_weight, adversarial_weight)
+        if min(weights) < 0 or max(l1_weight, l2_weight, log_weight) == 0:
             raise ConfigError(
-                "Weights must not be negative and `l1_weight` or `l2_weight` must be above 0; got"
-                f" {weights}."
+                "Weights must not be negative and `l1_weight`, `l2_weight` or `log_weight` must be"
+                f" above 0; got {weights}."
             )
-        self.l1_weight, self.l2_weight = l1_weight, l2_weight
+        self.l1_weight, self.l2_weight, self.log_weight = l1_weight, l2_weight, log_weight
         self.perceptual_weight, self.perceptual_rows = perceptual_weight, perceptual_rows
+        if not 0 <= mirrored_share <= 1:
+            raise ConfigError(
+                f"`mirrored_share` must be in [0, 1]; got {mirrored_share}. Use 0.5, or 0 for none."
+            )
+        self.mirrored_share = mirrored_share
         self.adversarial_weight = adversarial_weight
         self.perceptual = PerceptualDistance() if perceptual_weight else None
         self.critic: PatchCritic | None = None
@@ -102,12 +127,14 @@ class Reconstruction(Objective):
         Args:
             model: Image tokenizer: pixels -> (reconstruction, quantizer loss).
             inputs: Pixels.
-            generator: Unused: nothing is drawn.
+            generator: Decides which pictures are mirrored; a sequence has one for each row.
             counted: Places of the rows that count; None for all. Without any the loss is that of
                 all rows, so that it has gradients, and must be multiplied by 0.
             context: Unused.
         """
-        del generator, context
+        del context
+        if self.mirrored_share and torch.is_grad_enabled():
+            inputs = mirror(inputs, self.mirrored_share, generator)
         num_rows = len(inputs) if counted is None else len(counted)
         rows = inputs[list(counted)] if counted and num_rows < len(inputs) else inputs
         pixels = rows.contiguous(memory_format=torch.channels_last)
@@ -116,6 +143,9 @@ class Reconstruction(Objective):
         l1, l2 = error.abs().mean(), error.pow(2).mean()
         loss = self.l1_weight * l1 + self.l2_weight * l2 + quantizer_loss
         values = {"l1": l1, "psnr": -10 * l2.detach().clamp(min=1e-10).log10()}
+        if self.log_weight:
+            logs = error.pow(2).mean(dim=(1, 2, 3)).clamp(min=MIN_ERROR).log()
+            loss = loss + self.log_weight * logs.mean()
         if self.perceptual is not None:
             first = slice(0, self.perceptual_rows)
             values["perceptual"] = self.perceptual(reconstruction[first], pixels[first])
