@@ -12,6 +12,8 @@ from dataclasses import dataclass
 
 import torch
 
+from multimodal_dlm.errors import ConfigError
+
 logger = logging.getLogger(__name__)
 
 # Keys of `torch.cpu.get_capabilities`, and the names people know.
@@ -123,3 +125,19 @@ def warn_of_software_bf16(device: torch.device, dtype: torch.dtype) -> None:
 @functools.cache
 def _warn_once(message: str) -> None:
     logger.warning("%s", message)
+
+
+def check_float64(device: str | torch.device) -> None:
+    """Refuse a device without float64: positions and draws of tokens are made in it.
+
+    Args:
+        device: A device, or its name, `auto` included.
+
+    Raises:
+        ConfigError: For MPS.
+    """
+    if str(device).partition(":")[0] == "mps":
+        raise ConfigError(
+            f"`device` must compute in float64, which Apple's MPS does not; got `{device}`. Use"
+            " `cpu`."
+        )

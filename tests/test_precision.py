@@ -129,3 +129,19 @@ def test_a_device_without_float64_is_not_computed_on(monkeypatch):
     for device in ("mps", "mps:0"):
         with pytest.raises(ConfigError, match=f"must compute in float64, .*; got `{device}`"):
             pick_device(device)
+
+
+def test_a_pipeline_stays_where_float64_is():
+    pipe = UnifiedTextToImagePipeline(**tiny_components())
+    for call in (
+        lambda: pipe.to("mps"),
+        lambda: pipe.to(torch.device("mps", 0)),
+        lambda: pipe.to(device="mps"),
+        lambda: pipe.to("mps", torch.float32),
+    ):
+        with pytest.raises(
+            ConfigError, match="must compute in float64, which Apple's MPS does not"
+        ):
+            call()
+    assert pipe.device.type == "cpu"
+    assert pipe.to(device="cpu") is pipe

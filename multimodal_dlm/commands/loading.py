@@ -99,11 +99,9 @@ def pick_device(device: str) -> str:
     """
     import torch
 
-    if device.partition(":")[0] == "mps":
-        raise ConfigError(
-            f"`device` must compute in float64, which Apple's MPS does not; got `{device}`. Use"
-            " `cpu`."
-        )
+    from multimodal_dlm.precision import check_float64
+
+    check_float64(device)
     if device != "auto":
         return device
     return "cuda" if torch.cuda.is_available() else "cpu"

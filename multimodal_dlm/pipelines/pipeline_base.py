@@ -27,7 +27,7 @@ from multimodal_dlm.pipelines.outputs import UnifiedTextOutput
 from multimodal_dlm.pipelines.pixels import from_pixels, to_pixels
 from multimodal_dlm.pipelines.scoring import ScoringMixin
 from multimodal_dlm.pipelines.streaming import Streamer, TextStream
-from multimodal_dlm.precision import warn_of_software_bf16
+from multimodal_dlm.precision import check_float64, warn_of_software_bf16
 from multimodal_dlm.processing import Codes, UnifiedProcessor
 from multimodal_dlm.schedulers import DiscreteScheduler
 from multimodal_dlm.tokenizers.image import ImageTokenizer
@@ -90,6 +90,17 @@ class UnifiedPipeline(ScoringMixin, SharingMixin, DiffusionPipeline):
             components: Components to exchange, by name.
         """
         return cls(**{**pipeline.components, **components})
+
+    def to(self: Pipeline, *args: Any, **kwargs: Any) -> Pipeline:
+        """Move or cast all components, as in Diffusers.
+
+        Raises:
+            ConfigError: For Apple's MPS, which has no float64; nothing is moved then.
+        """
+        for given in (*args, kwargs.get("device")):
+            if isinstance(given, str | torch.device):
+                check_float64(given)
+        return super().to(*args, **kwargs)
 
     # State of the present call, for callbacks.
 

@@ -229,9 +229,7 @@ def test_svg_is_drawn_and_cropped() -> None:
 
 
 def test_recipes_are_complete() -> None:
-    assert set(RECIPES) == {
-        *("emoji", "emoji_scenes", "emoji_scenes_few", "easy_vqa", "emoji_text", "reasoning")
-    }
+    assert set(RECIPES) == {"emoji", "emoji_scenes", "easy_vqa", "emoji_text", "reasoning"}
     for recipe in RECIPES.values():
         assert recipe.splits[0] == "train"
         assert set(recipe.tasks) <= set(TASKS)

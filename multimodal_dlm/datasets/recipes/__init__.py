@@ -3,7 +3,6 @@
 import multimodal_dlm.datasets.recipes.easy_vqa
 import multimodal_dlm.datasets.recipes.emoji
 import multimodal_dlm.datasets.recipes.emoji_scenes
-import multimodal_dlm.datasets.recipes.emoji_scenes_few
 import multimodal_dlm.datasets.recipes.emoji_text
 import multimodal_dlm.datasets.recipes.reasoning  # noqa: F401
 from multimodal_dlm.datasets.recipes.base import RECIPES, Recipe, get_recipe, register_recipe

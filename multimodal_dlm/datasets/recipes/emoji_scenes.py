@@ -136,7 +136,7 @@ class EmojiScenesRecipe(Recipe):
         on_background = f"on {with_article(f'{plan.background} background')}"
         record = Record(
             key=f"{split.replace('_', '-')}-{number:05d}",
-            source=self.name,
+            source="emoji_scenes",
             split=split,
             license=style.package.license,
             captions=(
