@@ -204,11 +204,54 @@ def test_a_hole_is_a_rectangle():
     corrupted = MaskedDiffusion(hole_share=1.0).corrupt(
         canvas, vocabulary, generator=generators(range(20)), draws=[0.0] * 20
     )
-    assert bool(corrupted.has_hole.all())
+    assert bool(corrupted.is_apart.all())
     for row in range(20):
         places = canvas.position_ids[row, corrupted.is_target[row]][:, 1:]
         sides = places.amax(0) - places.amin(0) + 1
         assert len(places) == int(sides.prod())
+
+
+def test_condition_noise_masks_known_windows_of_its_task_alone_and_without_loss():
+    tasks = ("caption", "vqa", "caption", "text_to_image")
+    canvas, model = canvas_of(tasks), tiny_model()
+    vocabulary, draws = model.vocabulary, [0.5, 0.99, 0.0, 0.99]
+    noisy, plain = (
+        MaskedDiffusion(condition_noise={"caption": share}).corrupt(
+            canvas, vocabulary, generator=generators(range(4)), draws=draws, tasks=tasks
+        )
+        for share in (0.8, 0.0)
+    )
+    assert torch.equal(noisy.is_target, plain.is_target)  # The draws of the targets come first.
+    assert torch.equal(noisy.weight, plain.weight)
+    extra = (noisy.canvas.input_ids != canvas.input_ids) & ~noisy.is_target
+    is_image = canvas.modality_ids == vocabulary.modality_id("image")
+    is_inside = torch.zeros_like(extra)
+    for window in canvas.windows():
+        is_inside[:, canvas.window_slice(window)] = True
+    known = (is_image & is_inside & ~canvas.is_free & ~canvas.is_padding).sum(dim=1)
+    expected = [math.floor(0.8 * 0.5 * (int(known[0]) + 1)), 0, 0, 0]
+    assert extra.sum(dim=1).tolist() == expected
+    assert expected[0] > 0
+    assert not bool((extra & ~(is_image & is_inside)).any())
+    assert bool(vocabulary.is_masked(noisy.canvas.input_ids[extra]).all())
+    level = noise_levels(noisy.canvas, vocabulary)[extra].unique()
+    assert level.tolist() == pytest.approx([expected[0] / int(known[0])])
+    assert noisy.is_apart.tolist() == [True, False, False, False]
+    output = MaskedDiffusion(condition_noise={"caption": 0.8})(
+        model, canvas, generator=generators(range(4)), draws=draws, tasks=tasks
+    )
+    assert output.is_bound.tolist() == [False, True, True, True]
+    measured = MaskedDiffusion(condition_noise={"caption": 1.0}).corrupt(
+        canvas, vocabulary, generator=generators(range(4)), tasks=tasks
+    )  # Without draws, as where a bound is measured.
+    assert torch.equal(measured.canvas.input_ids, plain.canvas.input_ids)
+
+
+def test_condition_noise_names_tasks_and_shares():
+    with pytest.raises(ConfigError, match="Unknown task in `condition_noise` `captions`"):
+        MaskedDiffusion(condition_noise={"captions": 0.5})
+    with pytest.raises(ConfigError, match=r"`condition_noise.caption` must lie in \[0, 1\]; got 2"):
+        MaskedDiffusion(condition_noise={"caption": 2})
 
 
 def test_holes_across_blocks_are_refused():

@@ -21,7 +21,8 @@ from torch import Tensor
 from multimodal_dlm.canvas import Canvas, noise_levels
 from multimodal_dlm.diffusion.masking import exact_count_mask, rectangle_mask
 from multimodal_dlm.diffusion.timesteps import counts_from_uniforms, stratified_uniforms
-from multimodal_dlm.errors import ConfigError, nearest_match
+from multimodal_dlm.errors import ConfigError, nearest_match, unknown_name
+from multimodal_dlm.tasks import TASKS
 from multimodal_dlm.training.objectives.base import Generators, ObjectiveOutput, target_nll
 from multimodal_dlm.training.objectives.canvas_objective import (
     CanvasObjective,
@@ -47,14 +48,15 @@ class Corruption:
         is_target: Positions that carry loss.
         weight: L / k of the window at each target, 0 elsewhere: the bound's.
         flat_weight: 2 L / (L + 1) at each target, 0 elsewhere.
-        has_hole: Rows masked by a rectangle instead of an exact count.
+        is_apart: Rows whose loss is no bound of the data: masked by a rectangle instead of an exact
+            count, or with masks in what they are given.
     """
 
     canvas: Canvas
     is_target: Bool[Tensor, "batch length"]
     weight: Float[Tensor, "batch length"]
     flat_weight: Float[Tensor, "batch length"]
-    has_hole: Bool[Tensor, " batch"]
+    is_apart: Bool[Tensor, " batch"]
 
 
 class MaskedDiffusion(CanvasObjective):
@@ -71,6 +73,9 @@ class MaskedDiffusion(CanvasObjective):
             same sum in the mean. A picture's last few tokens then no longer weigh as much as all of
             it, and gradients vary less (You et al. 2025, arXiv 2503.07197, w(t) = 1). The optimum
             is the same, the reported bounds stay bounds.
+        condition_noise: By task, the largest share of each known window's tokens that is masked
+            while training, without loss: a row's share is uniform from 0 to it. A picture to be
+            named is then never twice the same. Left out of the reported bounds.
         num_noise_bins: Noise levels reported separately.
     """
 
@@ -81,6 +86,7 @@ class MaskedDiffusion(CanvasObjective):
         task_weights: Mapping[str, float] | None = None,
         hole_share: float = 0.0,
         mask_weighting: Mapping[str, str] | None = None,
+        condition_noise: Mapping[str, float] | None = None,
         num_noise_bins: int = 4,
     ) -> None:
         super().__init__(loss_weights=loss_weights, task_weights=task_weights)
@@ -94,6 +100,14 @@ class MaskedDiffusion(CanvasObjective):
         if not 0.0 <= hole_share <= 1.0:
             raise ConfigError(f"`hole_share` must lie in [0, 1]; got {hole_share}. Use 0.1.")
         self.hole_share = hole_share
+        self.condition_noise = dict(condition_noise or {})
+        for task, share in self.condition_noise.items():
+            if task not in TASKS:
+                raise unknown_name("task in `condition_noise`", task, TASKS)
+            if not 0.0 <= share <= 1.0:
+                raise ConfigError(
+                    f"`condition_noise.{task}` must lie in [0, 1]; got {share}. Use 0.3."
+                )
         self.num_noise_bins = num_noise_bins
 
     def __call__(
@@ -120,14 +134,15 @@ class MaskedDiffusion(CanvasObjective):
             uniforms: Window id -> one number in [0, 1) a row that sets its counts; None to draw.
             denominators: Free positions of each modality index in the global batch.
             tasks: Task of each row, for its weight and the report.
-            draws: One number in [0, 1) a row that decides about holes; none without.
+            draws: One number in [0, 1) a row that decides about holes and condition noise; none
+                without.
             row_share: Rows of this micro-batch over those of the global batch.
             packing: How rows share the rows of the forward pass.
         """
         del teacher
         vocabulary = model.vocabulary
         corrupted = self.corrupt(
-            inputs, vocabulary, generator=generator, uniforms=uniforms, draws=draws
+            inputs, vocabulary, generator=generator, uniforms=uniforms, draws=draws, tasks=tasks
         )
         noisy = corrupted.canvas
         levels = noise_levels(noisy, vocabulary)
@@ -138,7 +153,7 @@ class MaskedDiffusion(CanvasObjective):
         loss = self.weighted_loss(nll * weight, inputs, vocabulary, denominators, tasks)
         if output.auxiliary_loss is not None:
             loss = loss + row_share * output.auxiliary_loss
-        is_bound = (num_free_windows(inputs) <= 1) & ~corrupted.has_hole
+        is_bound = (num_free_windows(inputs) <= 1) & ~corrupted.is_apart
         terms = nelbo_terms(nelbo, inputs, vocabulary, is_bound=is_bound, tasks=tasks)
         terms |= noise_terms(
             nll, levels, corrupted.is_target, inputs, vocabulary, self.num_noise_bins
@@ -154,8 +169,11 @@ class MaskedDiffusion(CanvasObjective):
         generator: Generators,
         uniforms: Mapping[int, Float[Tensor, " batch"]] | None = None,
         draws: Sequence[float] = (),
+        tasks: Sequence[str] = (),
     ) -> Corruption:
         """Mask an exact count of every block of a free window, or one rectangle of a grid.
+
+        What is known keeps its tokens, but for the `condition_noise` of a row's task.
 
         Raises:
             ConfigError: When rows may get holes and a grid is written in several blocks.
@@ -189,8 +207,37 @@ class MaskedDiffusion(CanvasObjective):
                 u = (u + GOLDEN_RATIO) % 1.0
             mask = vocabulary.mask_token_id(vocabulary.modalities[canvas.window_modality(window)])
             input_ids[:, part] = input_ids[:, part].masked_fill(is_target[:, part], mask)
+        blurred = self._blurred(canvas, draws, tasks, generator)
+        for window in canvas.windows() if bool(blurred.any()) else ():
+            part = canvas.window_slice(window)
+            mask = vocabulary.mask_token_id(vocabulary.modalities[canvas.window_modality(window)])
+            input_ids[:, part] = input_ids[:, part].masked_fill(blurred[:, part], mask)
         noisy = canvas.replace(input_ids=input_ids)
-        return Corruption(noisy, is_target, weight, flat_weight, has_hole)
+        is_apart = has_hole | blurred.any(dim=1)
+        return Corruption(noisy, is_target, weight, flat_weight, is_apart)
+
+    def _blurred(
+        self,
+        canvas: Canvas,
+        draws: Sequence[float],
+        tasks: Sequence[str],
+        generator: Generators,
+    ) -> Bool[Tensor, "batch length"]:
+        """Known tokens that are masked: in the windows of which a row may write nothing."""
+        blurred = torch.zeros_like(canvas.is_free)
+        shares = [
+            self.condition_noise.get(task, 0.0) * draw
+            for task, draw in zip(tasks, draws, strict=False)
+        ]
+        if not any(shares):
+            return blurred
+        share = torch.tensor(shares, dtype=torch.float64, device=canvas.device)
+        for window in canvas.windows():
+            part = canvas.window_slice(window)
+            is_known = ~canvas.is_padding[:, part] & ~canvas.is_free[:, part].any(dim=1)[:, None]
+            counts = (share * (is_known.sum(dim=1) + 1)).long()
+            blurred[:, part] = _masks(is_known, counts, generator)
+        return blurred
 
     def _loss_weight(
         self, corrupted: Corruption, vocabulary: UnifiedVocabulary
