@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from diffusers import DiffusionPipeline
 
 from multimodal_dlm import precision
 from multimodal_dlm.commands.loading import pick_device
@@ -145,3 +146,12 @@ def test_a_pipeline_stays_where_float64_is():
             call()
     assert pipe.device.type == "cpu"
     assert pipe.to(device="cpu") is pipe
+
+
+def test_a_call_on_mps_is_refused_however_the_components_came_there(monkeypatch):
+    pipe = UnifiedTextToImagePipeline(**tiny_components())
+    monkeypatch.setattr(
+        DiffusionPipeline, "_execution_device", property(lambda self: torch.device("mps", 0))
+    )
+    with pytest.raises(ConfigError, match="must compute in float64, .*; got `mps:0`"):
+        pipe("a red apple", num_inference_steps=1)

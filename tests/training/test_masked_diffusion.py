@@ -139,7 +139,8 @@ def test_only_free_positions_are_masked_and_levels_are_the_realised_share():
 @pytest.mark.parametrize("size", [1, 2, 3, 6])
 def test_accumulated_micro_batches_equal_one_batch(size):
     """Same losses and gradients, whatever is padded and however the batch is cut."""
-    canvas, model, objective = canvas_of(), tiny_model().double(), MaskedDiffusion(hole_share=0.5)
+    canvas, model = canvas_of(), tiny_model().double()
+    objective = MaskedDiffusion(hole_share=0.5, condition_noise={"caption": 0.8, "vqa": 0.5})
     draws = (0.1, 0.9, 0.2, 0.9, 0.9, 0.3)
 
     def run(order, cut):
@@ -229,7 +230,7 @@ def test_condition_noise_masks_known_windows_of_its_task_alone_and_without_loss(
     for window in canvas.windows():
         is_inside[:, canvas.window_slice(window)] = True
     known = (is_image & is_inside & ~canvas.is_free & ~canvas.is_padding).sum(dim=1)
-    expected = [math.floor(0.8 * 0.5 * (int(known[0]) + 1)), 0, 0, 0]
+    expected = [math.floor(0.5 * (math.floor(0.8 * int(known[0])) + 1)), 0, 0, 0]
     assert extra.sum(dim=1).tolist() == expected
     assert expected[0] > 0
     assert not bool((extra & ~(is_image & is_inside)).any())
@@ -245,6 +246,46 @@ def test_condition_noise_masks_known_windows_of_its_task_alone_and_without_loss(
         canvas, vocabulary, generator=generators(range(4)), tasks=tasks
     )  # Without draws, as where a bound is measured.
     assert torch.equal(measured.canvas.input_ids, plain.canvas.input_ids)
+
+
+def test_condition_noise_of_a_row_does_not_depend_on_others_or_on_holes():
+    vocabulary, names = tiny_model().vocabulary, ("text_to_image", "caption", "vqa")
+    noise = {"text_to_image": 1.0, "caption": 0.8, "unconditional_image": 1.0}
+
+    def corrupt(canvas, tasks, draws, seeds, hole_share=0.0):
+        objective = MaskedDiffusion(condition_noise=noise, hole_share=hole_share)
+        half = torch.full((len(tasks),), 0.5).double()
+        uniforms = dict.fromkeys(canvas.free_windows(), half)
+        return objective.corrupt(
+            canvas,
+            vocabulary,
+            generator=generators(seeds),
+            uniforms=uniforms,
+            draws=draws,
+            tasks=tasks,
+        )
+
+    canvas, numbers = canvas_of(names), [0.7, 0.9, 0.9]
+    together = corrupt(canvas, names, numbers, [1, 2, 3])
+    for row, task in enumerate(names):
+        own = drop_empty_columns(canvas.select_rows(torch.tensor([row])))
+        alone = corrupt(own, (task,), numbers[row : row + 1], [row + 1])
+        one, other = (
+            corrupted.canvas.input_ids[place][~corrupted.canvas.is_padding[place]]
+            for corrupted, place in ((alone, 0), (together, row))
+        )
+        assert torch.equal(one, other)
+    assert together.is_apart.tolist() == [True, True, False]
+    # A number just below the hole's share says "hole" and leaves nearly 1 for the prompt.
+    drawing = canvas_of(("text_to_image",))
+    holed = corrupt(drawing, ("text_to_image",), [0.0499], [1], hole_share=0.05)
+    is_text = drawing.modality_ids == vocabulary.modality_id("text")
+    is_there = is_text & ~holed.canvas.is_padding & (holed.canvas.window_ids > 0)
+    assert bool(vocabulary.is_masked(holed.canvas.input_ids[is_there]).all())
+    # A condition that is all masks already stays a bound.
+    task = ("unconditional_image",)
+    nothing = corrupt(canvas_of(task), task, [0.99], [1])
+    assert nothing.is_apart.tolist() == [False]
 
 
 def test_condition_noise_names_tasks_and_shares():

@@ -50,7 +50,9 @@ def test_packed_losses_and_gradients_equal_unpacked_ones(kind, dtype, tolerance,
     shift = int(kind == "autoregressive")
     options = {"noise_conditioning": "ada_norm_single", "logits_shift": shift}
     model = tiny_model(std=0.1, **options).to(dtype)
-    objective = Autoregressive() if shift else MaskedDiffusion(hole_share=0.5)
+    noise = {"caption": 0.8, "vqa": 0.5}
+    masked = MaskedDiffusion(hole_share=0.5, condition_noise=noise)
+    objective = Autoregressive() if shift else masked
     left, left_gradients, _ = loss_and_gradients(objective, model, None)
     right, right_gradients, batch = loss_and_gradients(objective, model, pack_length)
     assert batch.packing is not None

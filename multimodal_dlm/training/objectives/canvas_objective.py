@@ -105,8 +105,9 @@ class CanvasObjective(Objective):
     ) -> list[list[dict[str, Any]]]:
         """The contexts once for each of `num_levels` equal bands of noise, without holes.
 
-        Every row gets one mask count in each band; where in the band is what `prepare` drew,
-        stratified over the rows of a task, so the mean over bands is unbiased.
+        Nor with condition noise. Every row gets one mask count in each band; where in the band
+        is what `prepare` drew, stratified over the rows of a task, so the mean over bands is
+        unbiased.
         """
         bands = [(level / num_levels, (level + 1) / num_levels) for level in range(num_levels)]
         return [

@@ -74,8 +74,9 @@ class MaskedDiffusion(CanvasObjective):
             it, and gradients vary less (You et al. 2025, arXiv 2503.07197, w(t) = 1). The optimum
             is the same, the reported bounds stay bounds.
         condition_noise: By task, the largest share of each known window's tokens that is masked
-            while training, without loss: a row's share is uniform from 0 to it. A picture to be
-            named is then never twice the same. Left out of the reported bounds.
+            while training, without loss: the count is uniform from 0 to it, one draw for all known
+            windows of a row (of `vqa` picture and question). A picture to be named is then never
+            twice the same. Rows with such masks are left out of the reported bounds.
         num_noise_bins: Noise levels reported separately.
     """
 
@@ -133,7 +134,7 @@ class MaskedDiffusion(CanvasObjective):
             teacher: Unused: the targets are the data.
             uniforms: Window id -> one number in [0, 1) a row that sets its counts; None to draw.
             denominators: Free positions of each modality index in the global batch.
-            tasks: Task of each row, for its weight and the report.
+            tasks: Task of each row, for its weight, its condition noise and the report.
             draws: One number in [0, 1) a row that decides about holes and condition noise; none
                 without.
             row_share: Rows of this micro-batch over those of the global batch.
@@ -207,7 +208,7 @@ class MaskedDiffusion(CanvasObjective):
                 u = (u + GOLDEN_RATIO) % 1.0
             mask = vocabulary.mask_token_id(vocabulary.modalities[canvas.window_modality(window)])
             input_ids[:, part] = input_ids[:, part].masked_fill(is_target[:, part], mask)
-        blurred = self._blurred(canvas, draws, tasks, generator)
+        blurred = self._blurred(canvas, vocabulary, draws, tasks, generator)
         for window in canvas.windows() if bool(blurred.any()) else ():
             part = canvas.window_slice(window)
             mask = vocabulary.mask_token_id(vocabulary.modalities[canvas.window_modality(window)])
@@ -219,24 +220,33 @@ class MaskedDiffusion(CanvasObjective):
     def _blurred(
         self,
         canvas: Canvas,
+        vocabulary: UnifiedVocabulary,
         draws: Sequence[float],
         tasks: Sequence[str],
         generator: Generators,
     ) -> Bool[Tensor, "batch length"]:
         """Known tokens that are masked: in the windows of which a row may write nothing."""
         blurred = torch.zeros_like(canvas.is_free)
-        shares = [
-            self.condition_noise.get(task, 0.0) * draw
-            for task, draw in zip(tasks, draws, strict=False)
-        ]
-        if not any(shares):
+        noise = [self.condition_noise.get(task, 0.0) for task in tasks]
+        if not len(draws) or not any(noise):
             return blurred
-        share = torch.tensor(shares, dtype=torch.float64, device=canvas.device)
+        largest = torch.tensor(noise, dtype=torch.float64, device=canvas.device)
+        # What is left of a number that said whether there is a hole is uniform again.
+        left = [
+            draw / self.hole_share
+            if draw < self.hole_share
+            else (draw - self.hole_share) / (1 - self.hole_share)
+            for draw in draws
+        ]
+        share = torch.tensor(left, dtype=torch.float64, device=canvas.device)
         for window in canvas.windows():
             part = canvas.window_slice(window)
-            is_known = ~canvas.is_padding[:, part] & ~canvas.is_free[:, part].any(dim=1)[:, None]
-            counts = (share * (is_known.sum(dim=1) + 1)).long()
-            blurred[:, part] = _masks(is_known, counts, generator)
+            is_known = ~canvas.is_padding[:, part] & ~vocabulary.is_masked(
+                canvas.input_ids[:, part]
+            )
+            is_known &= ~canvas.is_free[:, part].any(dim=1, keepdim=True) & (largest > 0)[:, None]
+            counts = share * ((largest * is_known.sum(dim=1)).floor() + 1)
+            blurred[:, part] = _masks(is_known, counts.long(), generator)
         return blurred
 
     def _loss_weight(

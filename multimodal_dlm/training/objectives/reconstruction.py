@@ -89,11 +89,17 @@ class Reconstruction(Objective):
         critic_lr: float = 2e-4,
         critic_seed: int = 0,
     ) -> None:
-        weights = (l1_weight, l2_weight, log_weight, perceptual_weight, adversarial_weight)
-        if min(weights) < 0 or max(l1_weight, l2_weight, log_weight) == 0:
+        weights = {
+            "l1_weight": l1_weight,
+            "l2_weight": l2_weight,
+            "log_weight": log_weight,
+            "perceptual_weight": perceptual_weight,
+            "adversarial_weight": adversarial_weight,
+        }
+        if min(weights.values()) < 0 or max(l1_weight, l2_weight, log_weight) == 0:
             raise ConfigError(
                 "Weights must not be negative and `l1_weight`, `l2_weight` or `log_weight` must be"
-                f" above 0; got {weights}."
+                f" above 0; got {weights}. Use `l1_weight: 1.0`."
             )
         self.l1_weight, self.l2_weight, self.log_weight = l1_weight, l2_weight, log_weight
         self.perceptual_weight, self.perceptual_rows = perceptual_weight, perceptual_rows
