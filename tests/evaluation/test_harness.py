@@ -161,12 +161,14 @@ def test_changes_that_are_not_committed_are_told_apart(tmp_path):
 
 
 def test_suites_of_the_package_name_measures_that_exist():
-    for name in ("default", "quick"):
+    for name in ("default", "quick", "tokenizer"):
         suite = open_suite(name)
         assert suite.name == name
         for entry in suite.entries:
             get_measure(entry.measure)
-        assert {e.name for e in suite.only(["vqa"]).entries} == {"vqa.easy_vqa", "vqa.emoji_scenes"}
+        if name != "tokenizer":
+            asked = {entry.name for entry in suite.only(["vqa"]).entries}
+            assert asked == {"vqa.easy_vqa", "vqa.emoji_scenes"}
 
 
 def test_a_suite_that_makes_no_sense_is_refused_before_anything_is_measured(manifest, tmp_path):
