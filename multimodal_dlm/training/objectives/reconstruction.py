@@ -19,11 +19,8 @@ def mirror(
     pixels: Float[Tensor, "batch 3 h w"], share: float, generator: Generators
 ) -> Float[Tensor, "batch 3 h w"]:
     """Mirror a share of the pictures left to right, each decided by its own draw."""
-    one = isinstance(generator, torch.Generator)
-    draws = [
-        float(torch.rand((), generator=generator if one else generator[row]))
-        for row in range(len(pixels))
-    ]
+    own = [generator] * len(pixels) if isinstance(generator, torch.Generator) else generator
+    draws = [float(torch.rand((), generator=row)) for row in own]
     is_mirrored = torch.tensor([draw < share for draw in draws], device=pixels.device)
     return torch.where(is_mirrored[:, None, None, None], pixels.flip(3), pixels)
 
