@@ -31,6 +31,16 @@ from tests.evaluation.toy import COLORS, square, write_squares
 from tests.pipelines.tiny import tiny_components
 
 
+LOSSY = SimpleNamespace(  # Its tokenizer keeps nothing of a picture.
+    device=torch.device("cpu"),
+    image_tokenizer=SimpleNamespace(
+        config={"image_size": 64},
+        encode=lambda pixels: pixels.mean(),
+        decode=lambda code: torch.full((3, 3, 64, 64), 0.5),
+    ),
+)
+
+
 def brute_force(x, y):
     def kernel(a, b):
         return (float(a @ b) / len(a) + 1) ** 3
@@ -130,12 +140,13 @@ def test_a_probe_reads_rows_that_have_the_attribute():
         "train": torch.eye(3)[[0, 1, 2, 0, 1]],
         "model": torch.eye(3)[[0, 2, 1, 0]],
         "copied": torch.eye(3)[[0, 2, 0, 0]],
+        "decoded": torch.eye(3)[[1, 2, 1, 1]],
         "real": torch.eye(3)[[0, 2, 1, 1]],
     }
     found = text_to_image._attribute("style", train, judged, vectors, 0)
     assert (found.value, found.n) == (pytest.approx(2 / 3), 3)
     assert found.baselines == pytest.approx(
-        {"nearest_neighbour": 1 / 3, "majority": 2 / 3, "real": 1.0}
+        {"nearest_neighbour": 1 / 3, "majority": 2 / 3, "decoded": 2 / 3, "real": 1.0}
     )
     for one, other in (
         (train, samples(None, None, None, None)),
@@ -187,14 +198,18 @@ def test_a_perfect_artist_is_at_the_ceiling(source, monkeypatch):
 
     monkeypatch.setattr(text_to_image, "draw_pictures", draw)
     data = HeldOut(source, "test")
-    found = measure_text_to_image(None, data, attributes=("concept",)).metrics
+    found = measure_text_to_image(LOSSY, data, attributes=("concept",)).metrics
     assert found["concept"].value == found["own_at_1"].value == 1.0
+    assert found["concept"].baselines["decoded"] == pytest.approx(1 / 3)
+    assert found["own_at_1"].baselines["decoded"] == pytest.approx(1 / 3)
+    lost = found["kernel_distance"].baselines
+    assert lost["decoded"] > lost["nearest_neighbour"]
     monkeypatch.setattr(
         text_to_image,
         "draw_pictures",
         lambda *_: [np.asarray(square("red", noise)) for _ in COLORS],
     )
-    lazy = measure_text_to_image(None, data, attributes=("concept",)).metrics
+    lazy = measure_text_to_image(LOSSY, data, attributes=("concept",)).metrics
     assert lazy["concept"].value == pytest.approx(1 / 3)
     assert lazy["kernel_distance"].value > found["kernel_distance"].value
 
@@ -204,14 +219,14 @@ def test_a_copy_is_seen(source, monkeypatch):
     data = HeldOut(source, "test")
     copies = [sample.image for sample in data.reader("train")][:3]
     monkeypatch.setattr(text_to_image, "draw_pictures", lambda *_: copies)
-    found = measure_text_to_image(None, data, attributes=("concept",)).metrics
+    found = measure_text_to_image(LOSSY, data, attributes=("concept",)).metrics
     for name in ("copy_distance", "copy_distance_pixels"):
         assert found[name].value == pytest.approx(0, abs=1e-3)
         assert found[name].baselines["real"] > 2e-3
     # Three training pictures for the probes, and not the copied ones: they are seen all the same.
     last = SimpleNamespace(permutation=lambda count: np.arange(count)[::-1])
     monkeypatch.setattr(text_to_image, "KeyedDraws", lambda *_: last)
-    cut = measure_text_to_image(None, data, attributes=("concept",), num_train=3).metrics
+    cut = measure_text_to_image(LOSSY, data, attributes=("concept",), num_train=3).metrics
     assert "copy_distance" not in cut
     both = [metrics["copy_distance_pixels"] for metrics in (found, cut)]
     assert both[1].value == pytest.approx(both[0].value, abs=1e-6)
@@ -238,8 +253,8 @@ def test_the_scorer_judges_no_copy_that_it_was_fitted_to(source, monkeypatch):
             "is_held_out",
             lambda sample, held=held: held in sample.record.meta["concept"],
         )
-        measure_text_to_image(None, data, attributes=("concept",), scorer="somewhere")
-        assert [len(given["features"][who]) for who in ("model", "real")] == [3, 3]
+        measure_text_to_image(LOSSY, data, attributes=("concept",), scorer="somewhere")
+        assert [len(given["features"][who]) for who in ("model", "decoded", "real")] == [3] * 3
         if held == "none":
             assert "nearest_neighbour" not in given["features"]
         else:  # Every row has a copy, of the only pictures that the scorer does not know.
