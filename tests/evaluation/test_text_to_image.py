@@ -30,7 +30,6 @@ from multimodal_dlm.pipelines import UnifiedTextToImagePipeline
 from tests.evaluation.toy import COLORS, square, write_squares
 from tests.pipelines.tiny import tiny_components
 
-
 LOSSY = SimpleNamespace(  # Its tokenizer keeps nothing of a picture.
     device=torch.device("cpu"),
     image_tokenizer=SimpleNamespace(
