@@ -124,7 +124,6 @@ def test_make_targets_exist():
 def test_python_blocks_run(released_pipeline, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "pipelines").symlink_to(REPOSITORY / "pipelines")
-    (tmp_path / "out").mkdir()
     sources = blocks("python")
     assert sources
     for source in sources:
@@ -133,7 +132,7 @@ def test_python_blocks_run(released_pipeline, tmp_path, monkeypatch):
             exec(compile(source, "README.md", "exec"), {"__name__": "readme"})  # noqa: S102
         shown = README.split(source)[1].split("```text\n")[1].split("```")[0]
         assert len(printed.getvalue().splitlines()) == len(shown.splitlines())
-    assert Path("out/apple.png").is_file()
+    assert Path("apple.png").is_file()
 
 
 @pytest.mark.slow
