@@ -40,7 +40,6 @@ class HeldOut:
     question: str | None = None
     answer: str | None = None
     true_answer: str | None = None
-    true_reason: str = ""
 
 
 def add_options(parser: "ArgumentParser", name: str) -> None:
@@ -153,14 +152,10 @@ def _inpaint(pipeline: Any, picture: "Image.Image", folder: Path, seed: int) -> 
 
 def _scores(rows: list[HeldOut]) -> dict[str, int]:
     """How many captions name the picture, and how many answers are right."""
-    from multimodal_dlm.evaluation.text_metrics import exact_match, name_of_caption, short_answer
+    from multimodal_dlm.evaluation.text_metrics import exact_match, name_of_caption
 
     named = [exact_match(name_of_caption(r.caption), name_of_caption(r.true_caption)) for r in rows]
-    right = [
-        exact_match(short_answer(row.answer or "", row.true_reason), row.true_answer or "")
-        for row in rows
-        if row.question
-    ]
+    right = [exact_match(row.answer or "", row.true_answer or "") for row in rows if row.question]
     return {"captions_with_the_true_name": sum(named), "answers_right": sum(right)}
 
 
@@ -202,7 +197,6 @@ def _describe(
                 question=pair.question if pair else None,
                 answer=answers.get(place),
                 true_answer=pair.answer if pair else None,
-                true_reason=pair.reason if pair else "",
             )
         )
     return rows
@@ -223,8 +217,7 @@ def _summary(rows: list[HeldOut], values: dict[str, Any]) -> str:
         lines.append(f"  {row.key}")
         lines.append(f"    caption: {row.caption}  |  truth: {row.true_caption}")
         if row.question is not None:
-            truth = f"{row.true_answer}, {row.true_reason}" if row.true_reason else row.true_answer
-            lines.append(f"    {row.question} {row.answer}  |  truth: {truth}")
+            lines.append(f"    {row.question} {row.answer}  |  truth: {row.true_answer}")
     asked = sum(row.question is not None for row in rows)
     if rows:
         names = values["captions_with_the_true_name"]

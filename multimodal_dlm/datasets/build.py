@@ -160,6 +160,6 @@ def inspect(manifest: str | Path, data_root: str | Path | None = None) -> dict[s
             sources[name]["example"] = {
                 "key": seen[0].key,
                 "captions": list(seen[0].captions),
-                "qa": [{"question": q.question, "answer": q.written} for q in seen[0].qa],
+                "qa": [{"question": q.question, "answer": q.answer} for q in seen[0].qa],
             }
     return {"name": opened.name, "fingerprint": opened.fingerprint, "sources": sources}

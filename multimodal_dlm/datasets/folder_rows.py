@@ -190,13 +190,9 @@ def _take_in(rows: dict[str, FolderRow], folder: Path, entry: Mapping[str, Any])
     for pair in pairs:
         asked = pair if isinstance(pair, Mapping) else {}
         question, answer, kind = (asked.get(n) for n in ("question", "answer", "type"))
-        reason = asked.get("reason") or ""
         if not isinstance(question, str) or not isinstance(answer, str) or not answer.strip():
             raise DataError("a `question` must have an `answer`, both texts.")
-        if not isinstance(reason, str):
-            raise DataError("the `reason` of an answer must be a text.")
-        kind = str(kind or "question")
-        found = QuestionAnswer(question.strip(), answer.strip(), kind, reason.strip())
+        found = QuestionAnswer(question.strip(), answer.strip(), str(kind or "question"))
         if found not in row.qa:
             row.qa.append(found)
 

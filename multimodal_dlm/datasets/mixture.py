@@ -383,7 +383,7 @@ def task_texts(
             )
         weights = [1.0] * len(record.qa) if asking is None else asking.weights(record)
         asked = record.qa[pick(u, weights)]
-        return asked.question, asked.written
+        return asked.question, asked.answer
     captions = templates or record.captions
     weights = caption_weights.get(task) or [1] * len(captions)
     if len(weights) != len(captions):

@@ -147,7 +147,7 @@ def record_texts(record: Record) -> list[str]:
     """The texts of a record in the order of their codes: captions, then question, answer, ..."""
     return [
         *record.captions,
-        *(text for pair in record.qa for text in (pair.question, pair.written)),
+        *(text for pair in record.qa for text in (pair.question, pair.answer)),
     ]
 
 

@@ -33,24 +33,11 @@ class QuestionAnswer:
         question: Text of the question.
         answer: Text of the answer.
         type: Kind of question, for accuracies by kind, such as `count` or `is_there`.
-        reason: What the answer follows from; empty for none. A model is taught to write it after
-            the answer, and a diffusion model may write it before.
     """
 
     question: str
     answer: str
     type: str
-    reason: str = ""
-
-    @property
-    def written(self) -> str:
-        """What a model is taught to write: `ANSWER` or `ANSWER, REASON`."""
-        return f"{self.answer}, {self.reason}" if self.reason else self.answer
-
-    def to_dict(self) -> dict[str, str]:
-        """As JSON values, a reason only where there is one."""
-        reason = {"reason": self.reason} if self.reason else {}
-        return {"question": self.question, "answer": self.answer, "type": self.type, **reason}
 
 
 @dataclass(frozen=True)
@@ -83,7 +70,7 @@ class Record:
             "split": self.split,
             "license": self.license,
             "captions": list(self.captions),
-            "qa": [pair.to_dict() for pair in self.qa],
+            "qa": [{"question": q.question, "answer": q.answer, "type": q.type} for q in self.qa],
             "meta": dict(self.meta),
         }
 
@@ -135,7 +122,7 @@ class Record:
                 license=content["license"],
                 captions=tuple(content["captions"]),
                 qa=tuple(
-                    QuestionAnswer(q["question"], q["answer"], q["type"], q.get("reason", ""))
+                    QuestionAnswer(q["question"], q["answer"], q["type"])
                     for q in content.get("qa", ())
                 ),
                 meta=content.get("meta", {}),
@@ -166,8 +153,7 @@ class Record:
             fail(f"`captions` must hold 1 to {MAX_TEXTS} texts", len(self.captions))
         if len(self.qa) > MAX_TEXTS:
             fail(f"`qa` must hold at most {MAX_TEXTS} questions", len(self.qa))
-        asked = (text for pair in self.qa for text in pair.to_dict().values())
-        for text in (*self.captions, *asked):
+        for text in (*self.captions, *(p for q in self.qa for p in (q.question, q.answer, q.type))):
             if not isinstance(text, str) or not 0 < len(text) <= MAX_TEXT_CHARACTERS:
                 fail(f"texts must have 1 to {MAX_TEXT_CHARACTERS} characters", text)
             elif _UNFIT.search(text):

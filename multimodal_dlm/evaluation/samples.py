@@ -20,7 +20,7 @@ from torch import nn
 from multimodal_dlm.datasets.manifest import Manifest
 from multimodal_dlm.datasets.reading import iterate_samples
 from multimodal_dlm.evaluation.sheets import contact_sheet, grid_sheet
-from multimodal_dlm.evaluation.text_metrics import exact_match, short_answer
+from multimodal_dlm.evaluation.text_metrics import exact_match
 from multimodal_dlm.models.transformer import UnifiedTransformerModel
 from multimodal_dlm.pipelines import UnifiedImageToTextPipeline, UnifiedTextToImagePipeline
 from multimodal_dlm.tokenizers.image import ImageTokenizer
@@ -74,14 +74,12 @@ class HeldOutPicture:
         caption: Its first caption.
         question: One of its questions, or None.
         answer: The true answer, or None.
-        reason: What is to follow the answer; empty for nothing.
     """
 
     image: Image.Image
     caption: str
     question: str | None
     answer: str | None
-    reason: str = ""
 
 
 def held_out_pictures(manifest: Manifest, *, per_source: int = 4) -> list[HeldOutPicture]:
@@ -106,7 +104,6 @@ def held_out_pictures(manifest: Manifest, *, per_source: int = 4) -> list[HeldOu
                     sample.record.captions[0],
                     pair.question if pair else None,
                     pair.answer if pair else None,
-                    pair.reason if pair else "",
                 )
             )
     return found
@@ -189,10 +186,7 @@ class BackboneSamples:
         if not asked:
             return {}
         pairs = zip(asked, answers, strict=True)
-        right = sum(
-            exact_match(short_answer(answer, each.reason), each.answer or "")
-            for each, answer in pairs
-        )
+        right = sum(exact_match(answer, each.answer or "") for each, answer in pairs)
         return {"samples/answers_right": right / len(asked)}
 
 

@@ -26,16 +26,6 @@ def normalise_text(text: str) -> str:
     return " ".join(text.lower().split()).rstrip(".?! ")
 
 
-def short_answer(text: str, reason: str) -> str:
-    """An answer without what follows its first comma, where a reason was to follow.
-
-    Args:
-        text: What was written.
-        reason: The true reason; empty where the question has none, and nothing is cut.
-    """
-    return text.partition(",")[0] if reason else text
-
-
 def exact_match(prediction: str, truth: str) -> bool:
     """True when two texts are the same after `normalise_text`."""
     return normalise_text(prediction) == normalise_text(truth)

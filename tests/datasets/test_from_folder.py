@@ -51,7 +51,7 @@ JSONL = (
     '{"file_name": "a.png", "text": "a red cat"}\n\n{"file_name": "b.jpg", "text": "b"}\n'
     '{"file_name": "./sub/c.webp", "captions": ["c", "see"], "qa": [{"question": "who?",'
     ' "answer": "c"}]}\n{"file_name": "a.png", "text": "one more", "question": "what?",'
-    ' "answer": "a cat", "type": "name", "reason": "it has whiskers"}\n'
+    ' "answer": "a cat", "type": "name"}\n'
 )
 CSV = 'file_name,text,question,answer\na.png,"a red cat",,\nb.jpg,b,,\nsub/c.webp,c,who?,c\n'
 MAPPING = {"a.png": "a red cat", "b.jpg": ["b", "bee"], "sub/c.webp": {"text": "c"}}
@@ -82,8 +82,8 @@ def test_captions_come_from_a_file_or_from_beside(folder, name, text):
     assert found["a.png"].record.captions[0] in ("a red cat", "a.png")
     if name == "metadata.jsonl":
         assert found["a.png"].record.captions == ("a red cat", "one more")
-        assert [(q.question, q.written, q.type) for q in found["a.png"].record.qa] == [
-            ("what?", "a cat, it has whiskers", "name")
+        assert [(q.question, q.answer, q.type) for q in found["a.png"].record.qa] == [
+            ("what?", "a cat", "name")
         ]
         assert found["sub/c.webp"].record.captions == ("c", "see")
     opened = open_manifest(made.manifest)
@@ -247,7 +247,6 @@ def test_rows_that_lie_are_refused_by_line(folder):
         {"text": "x"},
         {"file_name": "a.png", "text": 7},
         {"file_name": "a.png", "question": "q"},
-        {"file_name": "a.png", "question": "q", "answer": "a", "reason": 7},
         {"file_name": "a.png", "qa": {"q": "a"}},
         [1],
         {"file_name": "a.png", "text": "good"},
@@ -260,13 +259,13 @@ def test_rows_that_lie_are_refused_by_line(folder):
     for number, message in enumerate(
         ["without `..`", "without `..`", "There is no such file", "must end in .png",
          "must name its picture", "a text or a list of texts", "must have an `answer`",
-         "`reason` of an answer must be a text", "`qa` must be a list", "got list"], start=1,
+         "`qa` must be a list", "got list"], start=1,
     ):  # fmt: skip
         assert message in said[f"metadata.jsonl, line {number}"]
-    assert "RecursionError" in said["metadata.jsonl, line 12"]
-    assert "must be JSON" in said["metadata.jsonl, line 13"]
+    assert "RecursionError" in said["metadata.jsonl, line 11"]
+    assert "must be JSON" in said["metadata.jsonl, line 12"]
     assert "must have a caption" in said["b.jpg"]
-    assert len(found) == 12 + 2
+    assert len(found) == 11 + 2
 
 
 @pytest.mark.parametrize(

@@ -2,7 +2,6 @@
 
 import pickle
 from collections import Counter
-from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 
@@ -13,13 +12,11 @@ from torch.utils.data import DataLoader
 
 from multimodal_dlm.datasets import Manifest, MixtureReader, TrainingExample, open_manifest
 from multimodal_dlm.datasets.asking import QuestionWeights
-from multimodal_dlm.datasets.mixture import task_texts
 from multimodal_dlm.datasets.ordering import QuotaOrder, SourceOrder
-from multimodal_dlm.datasets.row_groups import record_texts
 from multimodal_dlm.datasets.sampling import KeyedDraws, hash_fraction, pick
 from multimodal_dlm.datasets.schema import QuestionAnswer, Record
 from multimodal_dlm.errors import ConfigError, DataError
-from tests.datasets.toy import SIZES, toy_mixture, toy_sample
+from tests.datasets.toy import SIZES, toy_mixture
 
 BATCH = 12
 
@@ -99,7 +96,7 @@ def test_sources_tasks_and_texts_keep_their_shares(manifest: Manifest) -> None:
     for row in rows:
         if row.task in ("vqa", "text"):
             assert (row.instruction, row.text) in {
-                ("which?", row.record.qa[0].written),
+                ("which?", row.record.qa[0].answer),
                 ("is it?", "yes"),
             }
         else:
@@ -223,13 +220,6 @@ def test_every_answer_to_a_question_is_asked_about_as_often() -> None:
         assert weights[1] == 1.0
         total[record.qa[0].answer] += weights[0]
     assert total["yes"] == pytest.approx(total["no"])
-
-
-def test_the_reason_is_written_after_the_answer() -> None:
-    asked = QuestionAnswer("is there a cat?", "no", "is_there", "a dog")
-    record = replace(toy_sample("shapes", 1).record, qa=(asked,))
-    assert task_texts(record, "vqa", 0.5, {}) == ("is there a cat?", "no, a dog")
-    assert record_texts(record)[-2:] == ["is there a cat?", "no, a dog"]
 
 
 def test_a_member_of_a_mixture_may_weigh_its_questions(tmp_path: Path) -> None:

@@ -181,15 +181,6 @@ def test_scene_answers_are_balanced_and_rules_are_flagged() -> None:
     for kind in ("is_there", "is_relation", "is_reverse_relation", "is_count"):
         assert by_type[kind]["yes"] == by_type[kind]["no"] > 50
     for plan in drawn:
-        for q in plan.questions:
-            if q.reason:  # The thing that is there: yes where it is the one that is asked for.
-                thing = q.reason.removeprefix("the ")
-                asked = q.question.partition(" ")[2].removeprefix("the ").removeprefix("there ")
-                is_asked = asked.startswith((f"{thing} ", f"{thing}?"))
-                assert is_asked == (q.answer == "yes"), q
-                assert q.written == f"{q.answer}, {q.reason}"
-            else:
-                assert q.type not in ("is_there", "is_relation", "is_reverse_relation")
         combination = is_held_out("style_background", plan.style, plan.background)
         assert ("style_background" in plan.held_out) == combination
         if plan.kind == "count" and len(plan.placed) == 4:

@@ -70,41 +70,6 @@ def test_a_question_never_asked_in_training_gets_its_types_answer(source, monkey
     assert metrics["accuracy"].baselines["blind"] == pytest.approx(4 / 6)
 
 
-def test_an_answer_counts_without_its_reason(source, monkeypatch):
-    def explained(source, split):
-        for sample in iterate_samples(source, split):
-            pairs = tuple(
-                replace(pair, reason="a square" if pair.answer == "yes" else "")
-                for pair in sample.record.qa
-            )
-            yield replace(sample, record=replace(sample.record, qa=pairs))
-
-    monkeypatch.setattr(answers, "iterate_samples", explained)
-
-    def reader(text):
-        return lambda images, questions: SimpleNamespace(texts=[text for _ in images])
-
-    data = HeldOut(source, "test")
-    for text, answer, both in (
-        ("yes, a square", 1.0, 1.0),
-        ("yes, a circle", 1.0, 0.0),
-        ("yes", 1.0, 0.0),
-        ("no, a square", 0.0, 0.0),
-    ):
-        found = measure_answers(reader(text), data)
-        metrics = found.metrics
-        assert (metrics["accuracy.yes_no"].value, metrics["with_reason.yes_no"].value) == (
-            answer,
-            both,
-        )
-        assert metrics["with_reason.yes_no"].n == 3
-        assert "with_reason.color" not in metrics
-        assert found.tables["answers of type yes_no"].counts[0][0] == 3 * answer
-    # A comma of an answer without a reason is a part of it.
-    found = measure_answers(reader(f"{next(iter(COLORS))}, so"), data).metrics
-    assert found["accuracy.color"].value == 0.0
-
-
 def test_confusion_counts_by_hand():
     table = confusion(["a", "b", "b", "a"], ["a", "a", "b", "what?"])
     assert table.rows == ["a", "b"]

@@ -48,7 +48,7 @@ class EmojiScenesRecipe(Recipe):
     """Scenes of one to four objects with captions and questions that have one answer."""
 
     name = "emoji_scenes"
-    version = 4
+    version = 3
     packages = PACKAGES
     splits = ("train", "val", "test", *_RULES, "test_objects")
     caption_templates = (

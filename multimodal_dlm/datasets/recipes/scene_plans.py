@@ -134,9 +134,7 @@ def _relation(
 
     Yes/no questions with "left of" and "above" are of another type than those with "right of" and
     "below": asked all alike, no two of picture, names and relation say anything about the answer,
-    so that training has nothing to start from (`question_weights` can begin with one type). Their
-    reason names the thing that is there: it can be learned from the picture by itself, and the
-    answer from it and the question.
+    so that training has nothing to start from (`question_weights` can begin with one type).
     """
     relation = draws.choice(list(REVERSED))
     size = 26 + 2 * draws.integer(2)
@@ -152,14 +150,10 @@ def _relation(
     questions = (
         QuestionAnswer(f"what is {short} the {b}?", a, "what_relation"),
         QuestionAnswer(f"what is {short_opposite} the {a}?", b, "what_relation"),
-        QuestionAnswer(f"is the {a} {short} the {b}?", "yes", "is_relation", f"the {a}"),
-        QuestionAnswer(f"is the {b} {short} the {a}?", "no", "is_relation", f"the {a}"),
-        QuestionAnswer(
-            f"is the {b} {short_opposite} the {a}?", "yes", "is_reverse_relation", f"the {b}"
-        ),
-        QuestionAnswer(
-            f"is the {a} {short_opposite} the {b}?", "no", "is_reverse_relation", f"the {b}"
-        ),
+        QuestionAnswer(f"is the {a} {short} the {b}?", "yes", "is_relation"),
+        QuestionAnswer(f"is the {b} {short} the {a}?", "no", "is_relation"),
+        QuestionAnswer(f"is the {b} {short_opposite} the {a}?", "yes", "is_reverse_relation"),
+        QuestionAnswer(f"is the {a} {short_opposite} the {b}?", "no", "is_reverse_relation"),
     )
     sentence = f"{with_article(a)} {relation} {with_article(b)}"
     alternative = f"{with_article(b)} {opposite} {with_article(a)}"
@@ -190,20 +184,16 @@ def _place(
 def _presence(
     objects: Sequence[SceneObject], present: Sequence[SceneObject], draws: KeyedDraws
 ) -> tuple[QuestionAnswer, ...]:
-    """Is there ...? once with yes and once with no, the absent thing of the same category.
-
-    The reason of both is the thing of that category that is there.
-    """
+    """Is there ...? once with yes and once with no, the absent thing of the same category."""
     asked = draws.choice(present)
     names = {thing.name for thing in present}
     absent = [o for o in objects if o.category == asked.category and o.name not in names]
     if not absent:
         return ()
     other = draws.choice(absent)
-    there = with_article(asked.name)
     return (
-        QuestionAnswer(f"is there {there}?", "yes", "is_there", there),
-        QuestionAnswer(f"is there {with_article(other.name)}?", "no", "is_there", there),
+        QuestionAnswer(f"is there {with_article(asked.name)}?", "yes", "is_there"),
+        QuestionAnswer(f"is there {with_article(other.name)}?", "no", "is_there"),
     )
 
 

@@ -19,7 +19,7 @@ from multimodal_dlm.evaluation.measurement import (
     register_measure,
 )
 from multimodal_dlm.evaluation.sheets import contact_sheet
-from multimodal_dlm.evaluation.text_metrics import exact_match, normalise_text, short_answer
+from multimodal_dlm.evaluation.text_metrics import exact_match, normalise_text
 from multimodal_dlm.pipelines import UnifiedImageToTextPipeline
 
 MAX_ANSWERS = 12  # A table of more different answers is not drawn.
@@ -36,7 +36,6 @@ class Question:
         question: The question.
         answer: The true answer.
         kind: Type of the question.
-        reason: What is to be written after the answer; empty for nothing.
     """
 
     image: Image.Image
@@ -44,7 +43,6 @@ class Question:
     question: str
     answer: str
     kind: str
-    reason: str = ""
 
 
 @register_measure("answers", "UnifiedImageToTextPipeline", ["vqa"])
@@ -53,9 +51,6 @@ def measure_answers(
     data: HeldOut,
 ) -> Measurement:
     """Exact match of the answers, in all and by question type.
-
-    Where the true answer has a reason, what stands before the first comma is the answer;
-    `with_reason.TYPE` is the share of those questions with answer and reason right.
 
     Intervals draw pictures, not questions. Baselines: `blind` is the most frequent training answer
     to the same question, or to its type where training never asked it; `majority` the most frequent
@@ -69,22 +64,13 @@ def measure_answers(
         DataError: When the split has no question.
     """
     asked = list_questions(data)
-    written = data.texts(pipeline, [q.image for q in asked], [q.question for q in asked])
-    texts = short_answers(written, asked)
+    texts = data.texts(pipeline, [q.image for q in asked], [q.question for q in asked])
     right = [exact_match(text, q.answer) for text, q in zip(texts, asked, strict=True)]
     blind = _blind(data)
     kinds = sorted({q.kind for q in asked})
     metrics = {"accuracy": _accuracy(asked, right, blind, None, data.seed)}
     for kind in kinds:
         metrics[f"accuracy.{kind}"] = _accuracy(asked, right, blind, kind, data.seed)
-        explained = [
-            (exact_match(text, f"{q.answer}, {q.reason}"), q.picture)
-            for text, q in zip(written, asked, strict=True)
-            if q.kind == kind and q.reason
-        ]
-        if explained:
-            values, pictures = zip(*explained, strict=True)
-            metrics[f"with_reason.{kind}"] = mean_metric(values, groups=pictures, seed=data.seed)
     tables = {}
     for kind in kinds:
         rows = [(q, t) for q, t in zip(asked, texts, strict=True) if q.kind == kind]
@@ -93,16 +79,11 @@ def measure_answers(
             tables[f"answers of type {kind}"] = table
     captions = [
         f"{q.question} {text}" + ("" if is_right else f" (true: {q.answer})")
-        for q, text, is_right in zip(asked, written, right, strict=True)
+        for q, text, is_right in zip(asked, texts, right, strict=True)
     ]
     shown = _spread(len(asked), NUM_SHOWN)
     sheet = contact_sheet([asked[i].image for i in shown], [captions[i] for i in shown], columns=6)
     return Measurement(metrics, {"questions and answers": sheet}, tables)
-
-
-def short_answers(texts: Sequence[str], asked: Sequence[Question]) -> list[str]:
-    """Answers without the reasons that follow them."""
-    return [short_answer(text, each.reason) for text, each in zip(texts, asked, strict=True)]
 
 
 def confusion(truths: Sequence[str], predictions: Sequence[str]) -> Table | None:
@@ -162,14 +143,7 @@ def list_questions(data: HeldOut) -> list[Question]:
         DataError: When there is none.
     """
     questions = (
-        Question(
-            Image.fromarray(sample.image),
-            number,
-            pair.question,
-            pair.answer,
-            pair.type,
-            pair.reason,
-        )
+        Question(Image.fromarray(sample.image), number, pair.question, pair.answer, pair.type)
         for number, sample in enumerate(iterate_samples(data.source, data.split))
         for pair in sample.record.qa
     )

@@ -17,7 +17,7 @@ from multimodal_dlm.evaluation.measurement import (
     mean_metric,
     register_measure,
 )
-from multimodal_dlm.evaluation.measures.answers import list_questions, short_answers
+from multimodal_dlm.evaluation.measures.answers import list_questions
 from multimodal_dlm.evaluation.text_metrics import exact_match
 from multimodal_dlm.pipelines import UnifiedImageToTextPipeline
 
@@ -67,7 +67,7 @@ def measure_calibration(
         batch_size=data.batch_size,
     )
     confidence = np.array([min(1.0, math.exp(-estimate.value)) for estimate in estimates])
-    pairs = zip(short_answers(texts, asked), asked, strict=True)
+    pairs = zip(texts, asked, strict=True)
     right = np.array([float(exact_match(text, q.answer)) for text, q in pairs])
     pictures = [q.picture for q in asked]
     low, high = calibration_interval(confidence, right, pictures, seed=data.seed)
