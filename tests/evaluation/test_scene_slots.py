@@ -7,7 +7,6 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from multimodal_dlm.datasets import open_manifest
 from multimodal_dlm.evaluation.held_out import HeldOut
 from multimodal_dlm.evaluation.measures import scene_drawings
 from multimodal_dlm.evaluation.measures.likelihood import trained_caption
@@ -19,12 +18,6 @@ from multimodal_dlm.evaluation.scene_slots import (
     slot_f1,
     slots_of_caption,
 )
-from tests.conftest import REPOSITORY
-
-
-@pytest.fixture(scope="module")
-def scenes():
-    return open_manifest(REPOSITORY / "datasets/sample/emoji_scenes.yaml").sources["emoji_scenes"]
 
 
 @pytest.mark.parametrize(

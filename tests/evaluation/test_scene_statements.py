@@ -2,7 +2,6 @@
 
 import pytest
 
-from multimodal_dlm.datasets import open_manifest
 from multimodal_dlm.diffusion.likelihood import LikelihoodEstimate
 from multimodal_dlm.errors import DataError
 from multimodal_dlm.evaluation.held_out import HeldOut
@@ -15,13 +14,7 @@ from multimodal_dlm.evaluation.measures.scene_statements import (
 )
 from multimodal_dlm.evaluation.scene_slots import slots_of_caption
 from multimodal_dlm.pipelines import UnifiedImageToTextPipeline
-from tests.conftest import REPOSITORY
 from tests.pipelines.tiny import tiny_components
-
-
-@pytest.fixture(scope="module")
-def scenes():
-    return open_manifest(REPOSITORY / "datasets/sample/emoji_scenes.yaml").sources["emoji_scenes"]
 
 
 def test_statements_by_hand():

@@ -34,8 +34,8 @@ LOSSY = SimpleNamespace(  # Its tokenizer keeps nothing of a picture.
     device=torch.device("cpu"),
     image_tokenizer=SimpleNamespace(
         config={"image_size": 64},
-        encode=lambda pixels: pixels.mean(),
-        decode=lambda code: torch.full((3, 3, 64, 64), 0.5),
+        encode=lambda pixels: (pixels,),
+        decode=lambda codes: torch.full_like(codes[0], 0.5),
     ),
 )
 
@@ -211,6 +211,20 @@ def test_a_perfect_artist_is_at_the_ceiling(source, monkeypatch):
     lazy = measure_text_to_image(LOSSY, data, attributes=("concept",)).metrics
     assert lazy["concept"].value == pytest.approx(1 / 3)
     assert lazy["kernel_distance"].value > found["kernel_distance"].value
+
+
+def test_decoded_pictures_are_those_given_in_order(source):
+    data = HeldOut(source, "test", batch_size=2)
+    pictures = [sample.image for sample in data.samples()]
+    size = pictures[0].shape[0]
+    faithful = SimpleNamespace(
+        config={"image_size": size}, encode=lambda pixels: (pixels,), decode=lambda codes: codes[0]
+    )
+    pipe = SimpleNamespace(device=torch.device("cpu"), image_tokenizer=faithful)
+    for given, back in zip(
+        pictures, text_to_image.decoded_pictures(pipe, pictures, data), strict=True
+    ):
+        assert np.array_equal(given, back)
 
 
 def test_a_copy_is_seen(source, monkeypatch):

@@ -14,6 +14,7 @@ from multimodal_dlm.datasets.sampling import KeyedDraws
 from multimodal_dlm.datasets.schema import Record, Sample
 from multimodal_dlm.evaluation.alignment import alignment_metrics
 from multimodal_dlm.evaluation.baselines import pixel_features
+from multimodal_dlm.evaluation.encoding import encode_images
 from multimodal_dlm.evaluation.held_out import HeldOut
 from multimodal_dlm.evaluation.measurement import (
     Measurement,
@@ -35,7 +36,7 @@ from multimodal_dlm.evaluation.sheets import contact_sheet
 from multimodal_dlm.evaluation.text_metrics import name_of_sample
 from multimodal_dlm.models import efficientnet, minilm
 from multimodal_dlm.pipelines import UnifiedTextToImagePipeline
-from multimodal_dlm.pipelines.pixels import from_pixels, to_pixels
+from multimodal_dlm.pipelines.pixels import from_pixels
 
 NUM_SHOWN = 24
 
@@ -68,8 +69,7 @@ def measure_text_to_image(
     distance, left out where `num_train` cuts them; `real` is that of the real pictures: far below
     it would be copies. Baseline `nearest_neighbour` shows, for each caption, the training picture
     whose caption shares most words with it, and `decoded` the real picture after the image
-    tokenizer has encoded and decoded it: no backbone can be expected to draw closer to the real
-    ones than that. With a `scorer` also `name_at_1`, `name_at_5` and
+    tokenizer has encoded and decoded it. With a `scorer` also `name_at_1`, `name_at_5` and
     `alignment_auc`, see `alignment_metrics`: names of the training split are the candidates. The
     scorer was fitted to most training pictures and names those far better than new ones: it judges
     as `nearest_neighbour` the nearest of those, about one in ten, that it was not fitted to, and
@@ -151,11 +151,11 @@ def decoded_pictures(
     pipeline: Any, pictures: Sequence[np.ndarray], data: HeldOut
 ) -> list[np.ndarray]:
     """Pictures after the image tokenizer has encoded and decoded them, uint8 (height, width, 3)."""
-    tokenizer = pipeline.image_tokenizer
+    codes = encode_images(pipeline, pictures, data.batch_size)
     decoded: list[np.ndarray] = []
     for rows in data.batches(len(pictures)):
-        pixels = to_pixels(pictures[rows], tokenizer.config["image_size"]).to(pipeline.device)
-        back = tokenizer.decode(tokenizer.encode(pixels)).cpu()
+        part = tuple(level[rows].to(pipeline.device) for level in codes)
+        back = pipeline.image_tokenizer.decode(part).cpu()
         decoded += [np.asarray(image) for image in from_pixels(back.clamp(0, 1), "pil")]
     return decoded
 
