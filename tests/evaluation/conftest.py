@@ -1,4 +1,4 @@
-"""The squares of `toy.py` as shards, written once for each module."""
+"""The squares of `toy.py` as shards, written once for each module, and the committed scenes."""
 
 import pytest
 
