@@ -2,6 +2,7 @@
 
     checkpoints/step-00000500/
         model.safetensors  ema.safetensors  optimizer.safetensors  rng.safetensors
+        objective.safetensors   what the objective has learned itself, where it has
         state.json         step, loader position, optimizer groups, config
         manifest.json      SHA-256 of every other file
 

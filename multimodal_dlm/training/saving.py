@@ -1,7 +1,7 @@
 """A run as a checkpoint and back: what is saved, and how a run goes on from it."""
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -72,7 +72,7 @@ class RunKeeper:
     """Saves a run and takes it up again; every process takes part, the main one writes.
 
     Args:
-        job: Gives the position in the data.
+        job: Gives the position in the data, and what the objective has learned.
         wrapper: Model, as this process holds it.
         optimizer: Its optimizer.
         ema: Averaged weights, or None.
@@ -102,10 +102,10 @@ class RunKeeper:
         moments, groups = optimizer_tensors(self.wrapper, self.optimizer)
         rng = gather_object([_rng_state()])
         meters = gather_object([self.meter.sums()])
-        tensors = {"model": weights, "optimizer": moments}
-        tensors["rng"] = {
-            f"{rank}.{k}": t for rank, state in enumerate(rng) for k, t in state.items()
-        }
+        tensors = {"model": weights, "optimizer": moments, "rng": _by_rank(rng)}
+        learned = _by_rank(gather_object([self.job.objective.tensors()]))
+        if learned:
+            tensors["objective"] = learned
         if self.ema is not None:
             keep = self.accelerator.is_main_process
             tensors["ema"] = whole_tensors(self.ema.weights, keep=keep)
@@ -155,14 +155,9 @@ class RunKeeper:
             # A run that had none before starts to average from the weights it goes on with.
             averages = checkpoint.tensors.get("ema", checkpoint.tensors["model"])
             self.ema.load(averages, state["ema_updates"])
-        rank = f"{self.accelerator.process_index}."
-        _set_rng_state(
-            {
-                name.removeprefix(rank): tensor
-                for name, tensor in checkpoint.tensors["rng"].items()
-                if name.startswith(rank)
-            }
-        )
+        rank = self.accelerator.process_index
+        _set_rng_state(_of_rank(checkpoint.tensors["rng"], rank))
+        self.job.objective.restore(_of_rank(checkpoint.tensors.get("objective", {}), rank))
         processes = self.accelerator.num_processes
         for sums in state.get("meters", [])[self.accelerator.process_index :: processes]:
             self.meter.add_sums(sums)
@@ -208,6 +203,17 @@ class RunKeeper:
                 f"`{path}` was trained on other data than `{self.config.data.manifest}` holds now."
                 " Give another `output_dir`."
             )
+
+
+def _by_rank(states: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
+    """Tensors of all processes in one mapping."""
+    return {f"{rank}.{k}": t.cpu() for rank, state in enumerate(states) for k, t in state.items()}
+
+
+def _of_rank(tensors: Mapping[str, Tensor], rank: int) -> dict[str, Tensor]:
+    """Those of one process."""
+    own = f"{rank}."
+    return {k.removeprefix(own): t for k, t in tensors.items() if k.startswith(own)}
 
 
 def _rng_state() -> dict[str, Tensor]:

@@ -9,6 +9,7 @@ from multimodal_dlm.evaluation.measures.reconstruction import peak_signal_to_noi
 from multimodal_dlm.models import efficientnet
 from multimodal_dlm.models.efficientnet import load_efficientnet_lite0
 from multimodal_dlm.tokenizers.image import ImageTokenizer
+from multimodal_dlm.training.objectives.critic import CriticTrainer
 from multimodal_dlm.training.objectives.reconstruction import Reconstruction
 from multimodal_dlm.training.perceptual import PerceptualDistance
 
@@ -197,8 +198,24 @@ def test_the_critic_learns_and_reaches_the_tokenizer():
         values.append(output.terms["critic"].value)
     assert values[-1] < values[0]
     output.loss.backward()
-    assert all(p.grad is None for p in objective.critic.parameters())
+    assert all(p.grad is None for p in objective.critic.critic.parameters())
     assert model.decoder[-2].weight.grad.abs().max() > 0
+
+
+def test_what_a_decoder_is_told_are_the_scores_and_features_of_the_critic():
+    trainer = CriticTrainer(channels=4, lr=1e-3, seed=0)
+    real, fake = pixels(3), pixels(3).flip(3).requires_grad_()
+    adversarial, matching = trainer.judge(real, fake)
+    assert torch.equal(adversarial, -trainer.critic(fake).mean())
+    hidden, expected = [real * 2 - 1, fake * 2 - 1], []
+    for layer in trainer.critic.layers:
+        hidden = [torch.nn.functional.leaky_relu(layer(x), 0.2) for x in hidden]
+        expected.append((hidden[0] - hidden[1]).abs().mean())
+    assert matching.item() == pytest.approx(sum(expected).item() / 3)
+    assert float(trainer.judge(real, real)[1]) == 0
+    for index in range(2):
+        (gradient,) = torch.autograd.grad(trainer.judge(real, fake)[index], fake)
+        assert gradient.abs().max() > 0
 
 
 def test_weights_of_the_objective_are_checked():
@@ -206,6 +223,8 @@ def test_weights_of_the_objective_are_checked():
         Reconstruction(l1_weight=-1.0)
     with pytest.raises(ConfigError, match="must be above 0"):
         Reconstruction(l1_weight=0.0, l2_weight=0.0)
+    with pytest.raises(ConfigError, match="`matching_weight` needs a critic"):
+        Reconstruction(perceptual_weight=0.0, matching_weight=1.0)
     with pytest.raises(ConfigError, match=r"`mirrored_share` must be in \[0, 1\]; got 2"):
         Reconstruction(mirrored_share=2.0)
 

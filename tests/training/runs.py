@@ -8,12 +8,14 @@ import numpy as np
 import torch
 import yaml
 from PIL import Image
+from safetensors.torch import load_file
 
 from multimodal_dlm.datasets.manifest import write_dataset_manifest
 from multimodal_dlm.datasets.schema import QuestionAnswer, Record, Sample
 from multimodal_dlm.datasets.writing import ShardWriter
 from multimodal_dlm.tokenizers.image import ImageTokenizer
 from multimodal_dlm.tokenizers.text import train_text_tokenizer
+from multimodal_dlm.training.checkpoint import latest_checkpoint
 from multimodal_dlm.training.config import (
     CheckpointConfig,
     DataConfig,
@@ -115,3 +117,28 @@ def run_config(root: Path, output: str = "run", **changes) -> TrainConfig:
         log_every_steps=2,
     )
     return dataclasses.replace(config, **changes)
+
+
+class Stop(Exception):
+    """Ends a run as a crash would."""
+
+
+def crash_at(step: int):
+    """A callback that ends a run at a step."""
+
+    def callback(state) -> None:
+        if state.step == step:
+            raise Stop
+
+    return callback
+
+
+def final_tensors(config: TrainConfig) -> dict[str, torch.Tensor]:
+    """All tensors of a run's newest checkpoint, `file/name` -> tensor."""
+    path = latest_checkpoint(Path(config.output_dir) / "checkpoints")
+    assert path is not None
+    return {
+        f"{file.stem}/{name}": tensor
+        for file in path.glob("*.safetensors")
+        for name, tensor in load_file(file).items()
+    }

@@ -23,9 +23,8 @@ from multimodal_dlm.training.evaluation_loop import BestStep
 from multimodal_dlm.training.objectives import MaskedDiffusion
 from multimodal_dlm.training.randomness import row_generator
 from multimodal_dlm.training.run import train
-from tests.training.runs import run_config
+from tests.training.runs import Stop, crash_at, final_tensors, run_config
 from tests.training.test_stability import metrics
-from tests.training.test_trainer import Stop, crash_at, final_tensors
 
 EVALUATION = EvaluationConfig(every_steps=2, num_rows=6, num_levels=4)
 

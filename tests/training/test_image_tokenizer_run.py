@@ -5,12 +5,12 @@ import dataclasses
 import pytest
 import torch
 
-from multimodal_dlm.errors import ConfigError
+from multimodal_dlm.errors import CheckpointError, ConfigError
 from multimodal_dlm.tokenizers.image import ImageTokenizer
 from multimodal_dlm.training.components import build_job
 from multimodal_dlm.training.config import DataConfig, ModelConfig, ObjectiveConfig
 from multimodal_dlm.training.run import describe, train
-from tests.training.runs import IMAGE_SIZE, run_config
+from tests.training.runs import IMAGE_SIZE, Stop, crash_at, final_tensors, run_config
 
 
 def tokenizer_config(root, **changes):
@@ -62,6 +62,48 @@ def test_what_is_frozen_must_exist_and_leave_something(run_root):
     ):
         with pytest.raises(ConfigError, match=message):
             describe(dataclasses.replace(config, model=dataclasses.replace(model, frozen=frozen)))
+
+
+CRITIC = {
+    "perceptual_weight": 0.0,
+    "adversarial_weight": 0.1,
+    "matching_weight": 1.0,
+    "critic_channels": 4,
+}
+
+
+def test_a_resumed_run_has_the_critic_it_had(run_root):
+    states = []
+    for name, stop in (("critic_straight", None), ("critic_resumed", 5)):
+        config = dataclasses.replace(
+            tokenizer_config(run_root, output_dir=str(run_root / name), sample_every_steps=1),
+            objective=ObjectiveConfig("reconstruction", CRITIC),
+        )
+        if stop:
+            with pytest.raises(Stop):
+                train(config, callbacks=[crash_at(stop)])
+        train(config)
+        states.append(final_tensors(config))
+    left, right = states
+    assert any(name.startswith("objective/0.critic.") for name in left)
+    assert any(name.startswith("objective/0.moments.") for name in left)
+    assert left.keys() == right.keys()
+    assert all(torch.equal(tensor, right[name]) for name, tensor in left.items())
+
+
+def test_a_run_can_start_to_listen_to_a_critic_but_not_to_another(run_root):
+    config = tokenizer_config(run_root, num_train_steps=2, output_dir=str(run_root / "late"))
+    train(config)
+    later = dataclasses.replace(
+        config,
+        objective=ObjectiveConfig("reconstruction", CRITIC),
+        num_train_steps=4,
+        allow_changes=True,
+    )
+    train(later)
+    wider = ObjectiveConfig("reconstruction", {**CRITIC, "critic_channels": 8})
+    with pytest.raises(CheckpointError, match=r"Undo the change of `critic_channels`"):
+        train(dataclasses.replace(later, objective=wider, num_train_steps=6))
 
 
 @pytest.mark.parametrize(

@@ -16,8 +16,7 @@ from multimodal_dlm.training.components import build_job
 from multimodal_dlm.training.config import ExportConfig, LoRAConfig, ModelConfig, TrainConfig
 from multimodal_dlm.training.packing import canvas_states
 from multimodal_dlm.training.run import describe, train
-from tests.training.runs import run_config
-from tests.training.test_trainer import Stop, crash_at, final_tensors
+from tests.training.runs import Stop, crash_at, final_tensors, run_config
 
 pytest.importorskip("peft")
 LORA_FILE = "pytorch_lora_weights.safetensors"

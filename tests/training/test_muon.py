@@ -10,9 +10,8 @@ from multimodal_dlm.training.config import OptimizerConfig
 from multimodal_dlm.training.optimizer import build_optimizer, hidden_matrices
 from multimodal_dlm.training.optimizer_state import optimizer_tensors, restore_optimizer
 from multimodal_dlm.training.run import train
-from tests.training.runs import run_config
+from tests.training.runs import Stop, crash_at, final_tensors, run_config
 from tests.training.test_image_tokenizer_run import tokenizer_config
-from tests.training.test_trainer import Stop, crash_at, final_tensors
 
 SETTINGS = {"lr": 0.01, "betas": (0.9, 0.98), "eps": 1e-8, "weight_decay": 0.1}
 

@@ -16,8 +16,7 @@ from multimodal_dlm.training.objectives import Autoregressive, MaskedDiffusion
 from multimodal_dlm.training.objectives.base import Batch
 from multimodal_dlm.training.packing import first_fit, pack_rows
 from multimodal_dlm.training.run import train
-from tests.training.runs import run_config
-from tests.training.test_trainer import final_tensors
+from tests.training.runs import final_tensors, run_config
 from tests.training.tiny import canvas_of, generators, tiny_model
 
 TEXT_TASKS = ("text", "unconditional_text", "caption", "text", "vqa", "text_to_image", "text")

@@ -16,8 +16,7 @@ from multimodal_dlm.training.devices import get_device
 from multimodal_dlm.training.launching import check_precision, run_device, run_precision
 from multimodal_dlm.training.planning import plan
 from multimodal_dlm.training.run import describe, train
-from tests.training.runs import run_config
-from tests.training.test_trainer import final_tensors
+from tests.training.runs import final_tensors, run_config
 
 PLAIN = "no (auto: this CPU has no bf16 instructions)"
 AMX = {"amx_bf16": True}

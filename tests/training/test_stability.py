@@ -22,8 +22,7 @@ from multimodal_dlm.training.objectives import OBJECTIVES, MaskedDiffusion, Reco
 from multimodal_dlm.training.randomness import row_generator
 from multimodal_dlm.training.run import train
 from multimodal_dlm.training.stability import RunningSpread, StabilityMonitor
-from tests.training.runs import run_config
-from tests.training.test_trainer import Stop, crash_at, final_tensors
+from tests.training.runs import Stop, crash_at, final_tensors, run_config
 
 TIMES = ("tokens_per_s", "elapsed_s", "eta_s")
 

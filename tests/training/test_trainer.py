@@ -18,29 +18,7 @@ from multimodal_dlm.pipelines import load_pipeline
 from multimodal_dlm.training.checkpoint import latest_checkpoint, list_checkpoints
 from multimodal_dlm.training.config import CheckpointConfig, DataConfig, StabilityConfig
 from multimodal_dlm.training.run import describe, train
-from tests.training.runs import run_config, write_data
-
-
-class Stop(Exception):
-    """Ends a run as a crash would."""
-
-
-def crash_at(step: int):
-    def callback(state) -> None:
-        if state.step == step:
-            raise Stop
-
-    return callback
-
-
-def final_tensors(config) -> dict[str, torch.Tensor]:
-    path = latest_checkpoint(Path(config.output_dir) / "checkpoints")
-    assert path is not None
-    return {
-        f"{stem}/{name}": tensor
-        for stem in ("model", "ema", "optimizer", "rng")
-        for name, tensor in load_file(path / f"{stem}.safetensors").items()
-    }
+from tests.training.runs import Stop, crash_at, final_tensors, run_config, write_data
 
 
 def test_a_resumed_run_equals_a_straight_one_bit_for_bit(run_root):

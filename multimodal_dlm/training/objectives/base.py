@@ -192,6 +192,14 @@ class Objective(ABC):
                 part.to(device)
         return self
 
+    def tensors(self) -> dict[str, Tensor]:
+        """What an objective has learned itself, for a checkpoint; nothing unless overridden."""
+        return {}
+
+    def restore(self, tensors: Mapping[str, Tensor]) -> None:
+        """Go on from what `tensors` gave, or from a checkpoint in which there was nothing."""
+        del tensors
+
     @abstractmethod
     def __call__(
         self, model: Any, inputs: Any, *, generator: Generators, **context: Any

@@ -1,15 +1,15 @@
 """Training an image tokenizer: reconstruction, perceptual distance, and an optional critic."""
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, Self
 
 import torch
-import torch.nn.functional as F
 from jaxtyping import Float
-from torch import Tensor, nn
+from torch import Tensor
 
 from multimodal_dlm.errors import ConfigError
 from multimodal_dlm.training.objectives.base import Generators, Objective, ObjectiveOutput, Term
+from multimodal_dlm.training.objectives.critic import CriticTrainer
 from multimodal_dlm.training.perceptual import PerceptualDistance
 
 MIN_ERROR = 1e-6  # 60 dB: a picture that is right already has no say.
@@ -25,38 +25,11 @@ def mirror(
     return torch.where(is_mirrored[:, None, None, None], pixels.flip(3), pixels)
 
 
-class PatchCritic(nn.Module):
-    """Scores patches of a picture as real or reconstructed (Isola et al. 2017, arXiv 1611.07004).
-
-    Args:
-        channels: Width of the first layer; doubled twice.
-    """
-
-    def __init__(self, channels: int = 32) -> None:
-        super().__init__()
-        self.layers = nn.Sequential(
-            nn.Conv2d(3, channels, 4, stride=2, padding=1),
-            nn.LeakyReLU(0.2),
-            nn.Conv2d(channels, 2 * channels, 4, stride=2, padding=1),
-            nn.LeakyReLU(0.2),
-            nn.Conv2d(2 * channels, 4 * channels, 3, padding=1),
-            nn.LeakyReLU(0.2),
-            nn.Conv2d(4 * channels, 1, 3, padding=1),
-        )
-
-    def forward(
-        self, pixels: Float[Tensor, "batch 3 h w"]
-    ) -> Float[Tensor, "batch 1 rows columns"]:
-        """Pixels around [0, 1] -> one score a patch, high for real."""
-        return self.layers(pixels * 2 - 1)
-
-
 class Reconstruction(Objective):
     """L1 + L2 + logarithm of L2 + perceptual distance + the quantizer's loss + a hinge critic.
 
-    The critic (Esser et al. 2021, arXiv 2012.09841, section 3.1) and its optimizer belong to the
-    objective: they start from the seed given here and are not part of a checkpoint, so a resumed
-    run with `adversarial_weight` above 0 goes on with a fresh critic.
+    The critic (Esser et al. 2021, arXiv 2012.09841, section 3.1) learns from every micro-batch
+    before it judges it. It belongs to the objective, one to a process, and is part of a checkpoint.
 
     Args:
         l1_weight: Weight of the mean absolute error.
@@ -66,7 +39,9 @@ class Reconstruction(Objective):
         perceptual_weight: Weight of the EfficientNet-Lite0 distance; 0 loads no network.
         perceptual_rows: Rows of a micro-batch that the distance looks at (it dominates the time).
         mirrored_share: Probability that a picture is mirrored left to right, 0 to 1.
-        adversarial_weight: Weight of the critic; 0 builds none.
+        adversarial_weight: Weight of minus the critic's score; 0 builds no critic.
+        matching_weight: Weight of the distance in the critic's features; needs a critic.
+        critic_channels: Width of the critic's first layer; doubled twice.
         critic_lr: Learning rate of the critic.
         critic_seed: Initial weights of the critic.
     """
@@ -83,6 +58,8 @@ class Reconstruction(Objective):
         perceptual_rows: int = 12,
         mirrored_share: float = 0.0,
         adversarial_weight: float = 0.0,
+        matching_weight: float = 0.0,
+        critic_channels: int = 32,
         critic_lr: float = 2e-4,
         critic_seed: int = 0,
     ) -> None:
@@ -92,6 +69,7 @@ class Reconstruction(Objective):
             "log_weight": log_weight,
             "perceptual_weight": perceptual_weight,
             "adversarial_weight": adversarial_weight,
+            "matching_weight": matching_weight,
         }
         if min(weights.values()) < 0 or max(l1_weight, l2_weight, log_weight) == 0:
             raise ConfigError(
@@ -105,16 +83,31 @@ class Reconstruction(Objective):
                 f"`mirrored_share` must be in [0, 1]; got {mirrored_share}. Use 0.5, or 0 for none."
             )
         self.mirrored_share = mirrored_share
-        self.adversarial_weight = adversarial_weight
-        self.perceptual = PerceptualDistance() if perceptual_weight else None
-        self.critic: PatchCritic | None = None
-        if adversarial_weight:
-            with torch.random.fork_rng(devices=[]):
-                torch.manual_seed(critic_seed)
-                self.critic = PatchCritic()
-            self.critic_optimizer = torch.optim.AdamW(
-                self.critic.parameters(), lr=critic_lr, betas=(0.5, 0.9)
+        if matching_weight and not adversarial_weight:
+            raise ConfigError(
+                "`matching_weight` needs a critic; got `adversarial_weight` 0. Use"
+                " `adversarial_weight: 0.05`, or 0 for both."
             )
+        self.adversarial_weight, self.matching_weight = adversarial_weight, matching_weight
+        self.perceptual = PerceptualDistance() if perceptual_weight else None
+        self.critic: CriticTrainer | None = None
+        if adversarial_weight:
+            self.critic = CriticTrainer(channels=critic_channels, lr=critic_lr, seed=critic_seed)
+
+    def to(self, device: torch.device) -> Self:
+        """Move the perceptual distance and the critic."""
+        if self.critic is not None:
+            self.critic.critic.to(device)
+        return super().to(device)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The critic's weights and moments."""
+        return self.critic.tensors() if self.critic is not None else {}
+
+    def restore(self, tensors: Mapping[str, Tensor]) -> None:
+        """Go on with the critic of a checkpoint; with a fresh one where it has none."""
+        if self.critic is not None and tensors:
+            self.critic.restore(tensors)
 
     def __call__(
         self,
@@ -154,20 +147,10 @@ class Reconstruction(Objective):
             values["perceptual"] = self.perceptual(reconstruction[first], pixels[first])
             loss = loss + self.perceptual_weight * values["perceptual"]
         if self.critic is not None and num_rows and torch.is_grad_enabled():
-            values["critic"] = self._train_critic(self.critic, pixels, reconstruction.detach())
-            self.critic.requires_grad_(False)
-            values["adversarial"] = -self.critic(reconstruction).mean()
-            self.critic.requires_grad_(True)
+            values["critic"] = self.critic.learn(pixels, reconstruction)
+            values["adversarial"], values["matching"] = self.critic.judge(pixels, reconstruction)
             loss = loss + self.adversarial_weight * values["adversarial"]
+            loss = loss + self.matching_weight * values["matching"]
         count = torch.tensor(float(num_rows))
         terms = {k: Term(v.detach().float() * num_rows, count) for k, v in values.items()}
         return ObjectiveOutput(loss, terms, num_rows, is_bound=False)
-
-    def _train_critic(self, critic: PatchCritic, real: Tensor, fake: Tensor) -> Tensor:
-        """One hinge step of the critic: real patches above 1, reconstructed ones below -1."""
-        loss = (F.relu(1 - critic(real)) + F.relu(1 + critic(fake))).mean()
-        loss.backward()
-        if bool(loss.isfinite()):  # A broken step is skipped for the tokenizer as well.
-            self.critic_optimizer.step()
-        self.critic_optimizer.zero_grad(set_to_none=True)
-        return loss.detach()
