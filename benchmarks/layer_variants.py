@@ -3,9 +3,10 @@
 Text-to-image by a saved pipeline, the same prompt and steps, in interleaved rounds of one process:
 float32 and bf16 as the pipeline runs them (native kernels included where the CPU has them), the
 repeated blocks compiled by Inductor, and torchao's int8 layers with and without compilation. A
-variant that cannot run is left out, with the reason. `nats` is the bound on held-out pictures of
-the committed sample given their captions (the same masks for all), `difference` what a variant adds
-to float32's, with its 95 % bootstrap interval over pictures.
+variant that cannot run is left out, with the reason, and so is bf16 where a CPU computes it in
+software, unless it is named. `nats` is the bound on held-out pictures of the committed sample given
+their captions (the same masks for all), `difference` what a variant adds to float32's, with its
+95 % bootstrap interval over pictures.
 
     pip install torchao
     OMP_NUM_THREADS=2 python benchmarks/layer_variants.py --json out/layer_variants.json
@@ -27,6 +28,7 @@ from text_to_image import DEFAULT_STEPS, PROMPT, load, quartiles, seeded, time_r
 from multimodal_dlm.datasets.manifest import open_manifest
 from multimodal_dlm.datasets.reading import first_samples
 from multimodal_dlm.evaluation.bootstrap import bootstrap_interval
+from multimodal_dlm.precision import software_bf16
 
 ROOT = Path(__file__).parents[1]
 SAMPLE = ROOT / "datasets" / "sample"
@@ -81,6 +83,10 @@ def open_variants(folder: str, names: Sequence[str] | None) -> tuple[dict[str, A
     pipes, left_out = {}, {}
     for name, (dtype, change) in variants().items():
         if names and name not in {BASE, *names}:
+            continue
+        reason = software_bf16(torch.device("cpu")) if dtype == torch.bfloat16 else None
+        if reason and not names:
+            left_out[name] = reason
             continue
         pipe = load(folder, dtype)
         try:

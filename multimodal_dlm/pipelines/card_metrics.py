@@ -11,10 +11,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from multimodal_dlm.pipelines.manifest import weights_fingerprint
+from multimodal_dlm.pipelines.manifest import remembered_fingerprint, weights_fingerprint
 
 NOT_MEASURED = "not measured"
-SUBJECT = ("model_fingerprint", "scheduler_fingerprint")  # What metrics are of.
+WEIGHTS = {"model_fingerprint": "transformer", "image_tokenizer_fingerprint": "image_tokenizer"}
+SUBJECT = (*WEIGHTS, "scheduler_fingerprint")  # What metrics are of.
 _LABELS = {
     "suite": "suite",
     "seed": "seed",
@@ -23,6 +24,7 @@ _LABELS = {
     "commit": "commit",
     "machine": "machine",
     "model_fingerprint": "weights of the backbone (sha256 in float32)",
+    "image_tokenizer_fingerprint": "weights of the image tokenizer (sha256 in float32)",
     "scheduler_fingerprint": "settings of the scheduler (sha256)",
 }
 
@@ -55,10 +57,10 @@ def scheduler_fingerprint(name: str, config: Mapping[str, Any]) -> str:
 
 
 def subject_of(pipeline: Any) -> dict[str, str]:
-    """What is measured when this pipeline is: fingerprints of its backbone and its scheduler."""
+    """What is measured when this pipeline is: fingerprints of its networks and its scheduler."""
     scheduler = pipeline.scheduler
     return {
-        "model_fingerprint": weights_fingerprint(pipeline.transformer),
+        **{name: weights_fingerprint(getattr(pipeline, part)) for name, part in WEIGHTS.items()},
         "scheduler_fingerprint": scheduler_fingerprint(type(scheduler).__name__, scheduler.config),
     }
 
@@ -77,10 +79,11 @@ def origin_of(pipeline: Any, folder: Path, options: Collection[str]) -> Origin |
         return None
     own = {name: card.measured[name] for name in SUBJECT if name in card.measured}
     subject: dict[str, str | None] = {}
-    if "model_fingerprint" not in own:
-        is_own = not {"transformer", "quantization_config"} & set(options)
-        is_there = not any(part.is_meta for part in pipeline.transformer.state_dict().values())
-        subject["model_fingerprint"] = pipeline.model_fingerprint if is_own and is_there else None
+    for name in [name for name in WEIGHTS if name not in own]:
+        network = getattr(pipeline, WEIGHTS[name])
+        is_own = not {WEIGHTS[name], "quantization_config"} & set(options)
+        is_there = not any(part.is_meta for part in network.state_dict().values())
+        subject[name] = remembered_fingerprint(network) if is_own and is_there else None
     if "scheduler_fingerprint" not in own:
         config = pipeline.scheduler.config
         name = type(pipeline.scheduler).__name__

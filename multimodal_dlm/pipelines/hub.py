@@ -132,7 +132,7 @@ class SharingMixin:
             upload(folder, kwargs.pop("repo_id", folder.resolve().name), **kwargs)
 
     def drop_foreign_metrics(self) -> None:
-        """Take the metrics off the card where they are of other weights or another scheduler.
+        """Take the metrics off the card where they are of other networks or another scheduler.
 
         Metrics are of what `card.measured` says; where it says nothing, of the model that the card
         was loaded with, and new ones of the present model.

@@ -8,9 +8,11 @@ import hashlib
 from collections.abc import Collection
 from fnmatch import fnmatch
 from pathlib import Path, PurePosixPath
+from typing import Any
 from weakref import WeakKeyDictionary
 
-from torch import nn
+from torch import Tensor, nn
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from multimodal_dlm.errors import CheckpointError
 
@@ -122,18 +124,28 @@ def verify_manifest(folder: str | Path, *, but: Collection[str] = ()) -> bool:
 def weights_fingerprint(module: nn.Module) -> str:
     """SHA-256 over the names and the float32 bytes of all tensors of a module, in name order.
 
-    bfloat16 weights and the same weights read as float32 have the same fingerprint.
+    bfloat16 weights and the same weights read as float32 have the same fingerprint. Of a tensor
+    that wraps others, such as an int8 weight with its scales, it is over those.
     """
     digest = hashlib.sha256()
     for name, tensor in sorted(module.state_dict().items()):
         digest.update(name.encode())
-        digest.update(tensor.detach().float().cpu().contiguous().numpy().tobytes())
+        for part in _wrapped(tensor):
+            digest.update(part.detach().float().cpu().contiguous().numpy().tobytes())
     return digest.hexdigest()
+
+
+def _wrapped(tensor: Any) -> list[Tensor]:
+    """The plain tensors that a tensor consists of: itself, or those that it wraps."""
+    if not is_traceable_wrapper_subclass(tensor):
+        return [tensor]
+    names, _ = tensor.__tensor_flatten__()
+    return [part for name in names for part in _wrapped(getattr(tensor, name))]
 
 
 def remembered_fingerprint(module: nn.Module) -> str:
     """`weights_fingerprint`, computed again only where a tensor has another address or version."""
-    tensors = module.state_dict(keep_vars=True).values()
+    tensors = [part for t in module.state_dict(keep_vars=True).values() for part in _wrapped(t)]
     state = tuple((each.data_ptr(), each.dtype, each._version) for each in tensors)
     known = _FINGERPRINTS.get(module)
     if known is None or known[0] != state:

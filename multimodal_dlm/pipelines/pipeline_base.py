@@ -321,6 +321,7 @@ class UnifiedPipeline(ScoringMixin, SharingMixin, DiffusionPipeline):
             },
             "model_fingerprint": self.model_fingerprint,
             "vocabulary_fingerprint": self.transformer.vocabulary.fingerprint,
+            "image_tokenizer_fingerprint": remembered_fingerprint(self.image_tokenizer),
             "dtype": str(self.transformer.dtype).removeprefix("torch."),
         }
         return [

@@ -207,7 +207,7 @@ class RunKeeper:
 
 def _by_rank(states: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
     """Tensors of all processes in one mapping."""
-    return {f"{rank}.{k}": t.cpu() for rank, state in enumerate(states) for k, t in state.items()}
+    return {f"{rank}.{k}": t for rank, state in enumerate(states) for k, t in state.items()}
 
 
 def _of_rank(tensors: Mapping[str, Tensor], rank: int) -> dict[str, Tensor]:

@@ -48,6 +48,11 @@ def train_unseen(pipe):
     next(pipe.transformer.parameters()).data.mul_(1.1)  # What no version of a tensor counts.
 
 
+def sharpen(pipe):
+    with torch.no_grad():
+        pipe.image_tokenizer.decoder[-2].weight.mul_(1.1)  # The codes stay.
+
+
 def reschedule(pipe):
     pipe.register_modules(scheduler=ConfidenceScheduler(**OTHER))
 
@@ -66,6 +71,7 @@ def test_metrics_stay_with_an_unchanged_pipeline(parent, tmp_path, caplog):
     [
         (train, "model_fingerprint"),
         (train_unseen, "model_fingerprint"),
+        (sharpen, "image_tokenizer_fingerprint"),
         (reschedule, "scheduler_fingerprint"),
     ],
 )
@@ -93,8 +99,10 @@ def test_components_handed_in_are_not_the_folders(parent, tmp_path):
     assert saved_metrics(kept, tmp_path / "kept") == METRICS
     changed = load_pipeline(parent)
     train(changed)
-    loaded = load_pipeline(parent, transformer=changed.transformer)
-    assert saved_metrics(loaded, tmp_path / "transformer") == {}
+    sharpen(changed)
+    for name in ("transformer", "image_tokenizer"):
+        loaded = load_pipeline(parent, **{name: getattr(changed, name)})
+        assert saved_metrics(loaded, tmp_path / name) == {}
 
 
 def test_metrics_given_to_a_pipeline_are_of_the_state_it_was_saved_in(tmp_path):

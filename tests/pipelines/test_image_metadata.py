@@ -8,6 +8,7 @@ import pytest
 import torch
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
+from torch.testing._internal.two_tensor import TwoTensor
 
 from multimodal_dlm.errors import ConfigError, DataError
 from multimodal_dlm.pipelines import (
@@ -18,6 +19,7 @@ from multimodal_dlm.pipelines import (
     save_image,
 )
 from multimodal_dlm.pipelines.image_metadata import RECIPE_KEY
+from multimodal_dlm.pipelines.manifest import weights_fingerprint
 from tests.pipelines.tiny import seeded
 
 
@@ -43,6 +45,7 @@ def test_recipe_in_the_file_draws_the_same_picture(draw, tmp_path):
     assert recipe["guidance_schedule"] == "linear"
     assert recipe["pipeline"] == "UnifiedTextToImagePipeline"
     assert recipe["model_fingerprint"] == draw.model_fingerprint
+    assert recipe["image_tokenizer_fingerprint"] == weights_fingerprint(draw.image_tokenizer)
     names = ("prompt", "negative_prompt", "num_inference_steps", "guidance_scale")
     names += ("guidance_start", "guidance_stop", "guidance_schedule")
     again = draw(
@@ -120,3 +123,17 @@ def test_fingerprint_follows_another_backbone_and_exchanged_tensors(monkeypatch)
     assert pipe.model_fingerprint in found
     pipe.transformer = first
     assert pipe.model_fingerprint in found
+
+
+def test_a_wrapped_weight_has_a_fingerprint_that_follows_what_it_wraps():
+    """As int8 layers are: a tensor without storage of its own around values and scales."""
+    layer = torch.nn.Linear(2, 2, bias=False)
+    values, scales = torch.ones(2, 2), torch.full((2, 2), 2.0)
+    layer.weight = torch.nn.Parameter(TwoTensor(values, scales), requires_grad=False)
+    found = {manifest.remembered_fingerprint(layer)}
+    assert found == {manifest.weights_fingerprint(layer)}
+    scales[0, 0] = 3.0
+    found.add(manifest.remembered_fingerprint(layer))
+    layer.weight = torch.nn.Parameter(TwoTensor(scales, values), requires_grad=False)
+    found.add(manifest.remembered_fingerprint(layer))
+    assert len(found) == 3

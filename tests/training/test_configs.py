@@ -79,6 +79,16 @@ def test_a_config_describes_a_run(path, monkeypatch):
     assert len(values["data"]) > 2
 
 
+def test_a_later_stage_starts_from_what_another_config_exports_or_from_the_repository():
+    configs = [load_train_config(path) for path in CONFIGS]
+    exported = {config.export.folder for config in configs}
+    begun = {config.model.init_from for config in configs} - {None}
+    later = {folder for folder in begun if folder.startswith("runs/")}
+    assert len(later) > 5
+    assert later <= exported
+    assert all((ROOT / folder).is_dir() for folder in begun - later)
+
+
 def test_overrides_win_and_mistakes_are_explained(tmp_path):
     path = tmp_path / "run.yaml"
     path.write_text("output_dir: out\nnum_train_steps: 3\noptimizer: {lr: 1e-3}\n")

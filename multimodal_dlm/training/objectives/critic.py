@@ -97,11 +97,12 @@ class CriticTrainer:
         return adversarial, matching
 
     def tensors(self) -> dict[str, Tensor]:
-        """Weights and moments by name, as a checkpoint keeps them."""
+        """Weights and moments by name, on the CPU, as a checkpoint keeps them."""
         moments = self.optimizer.state_dict()["state"]
-        return {f"critic.{k}": v for k, v in self.critic.state_dict().items()} | {
+        found = {f"critic.{k}": v for k, v in self.critic.state_dict().items()} | {
             f"moments.{index}.{k}": v for index, own in moments.items() for k, v in own.items()
         }
+        return {name: tensor.detach().cpu() for name, tensor in found.items()}
 
     def restore(self, tensors: Mapping[str, Tensor]) -> None:
         """Go on from what `tensors` gave.
