@@ -98,12 +98,16 @@ def origin_of(pipeline: Any, folder: Path, options: Collection[str]) -> Origin |
 def changed_subject(card: Any, origin: Origin | None, now: Mapping[str, str]) -> list[str]:
     """Names of the fingerprints in which the model of a card's metrics differs from another one.
 
+    A card that says some of them, and was not loaded with its model, is not known to be of the
+    other one in the rest: those differ.
+
     Args:
         card: A `CardInfo`.
         origin: What the metrics of a loaded card are of.
         now: The other model's, as `subject_of` gives them.
     """
-    then: dict[str, Any] = dict(now)
+    is_said = any(name in card.measured for name in SUBJECT)
+    then: dict[str, Any] = dict.fromkeys(SUBJECT) if is_said else dict(now)
     if origin is not None and origin.metrics == card.metrics:
         then.update(origin.subject)
     then.update({name: card.measured[name] for name in SUBJECT if name in card.measured})

@@ -57,7 +57,7 @@ class CardInfo:
         limits: What it cannot do; Markdown.
         metrics: Name -> value, or group -> name -> value, nested at will.
         measured: How the metrics were taken: suite, seed, fingerprint of the data, commit, machine,
-            and the fingerprints of the backbone and the scheduler they are of. Without these two
+            and the fingerprints of the networks and the scheduler they are of. Without any of these
             they are of the model that the card is saved with.
         tasks: What it was trained for, of `tasks.TASKS`; none when that is not known, which stands
             for all.

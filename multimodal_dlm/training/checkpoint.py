@@ -40,7 +40,7 @@ class Checkpoint:
 
     Args:
         step: Optimizer steps taken.
-        tensors: File stem (`model`, `ema`, `optimizer`, `rng`) -> tensors by name.
+        tensors: File stem (`model`, `ema`, `optimizer`, `rng`, `objective`) -> tensors by name.
         state: JSON values.
     """
 

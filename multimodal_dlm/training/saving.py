@@ -157,7 +157,8 @@ class RunKeeper:
             self.ema.load(averages, state["ema_updates"])
         rank = self.accelerator.process_index
         _set_rng_state(_of_rank(checkpoint.tensors["rng"], rank))
-        self.job.objective.restore(_of_rank(checkpoint.tensors.get("objective", {}), rank))
+        learned = checkpoint.tensors.get("objective", {})
+        self.job.objective.restore(_of_rank(learned, rank % state["num_processes"]))
         processes = self.accelerator.num_processes
         for sums in state.get("meters", [])[self.accelerator.process_index :: processes]:
             self.meter.add_sums(sums)

@@ -10,7 +10,7 @@ import torch
 from multimodal_dlm.errors import DataError
 from multimodal_dlm.pipelines import CardInfo, UnifiedTextToImagePipeline, load_pipeline
 from multimodal_dlm.pipelines.card_metrics import scheduler_fingerprint, subject_of
-from multimodal_dlm.pipelines.manifest import hash_files, hash_shared
+from multimodal_dlm.pipelines.manifest import hash_files, hash_shared, write_manifest
 from multimodal_dlm.pipelines.model_card import CARD_NAME, read_report, render_card
 from multimodal_dlm.schedulers import ConfidenceScheduler
 from tests.pipelines.tiny import tiny_components
@@ -19,13 +19,20 @@ METRICS = {"vqa": 0.5}
 OTHER = {"modalities": {"text": {"eos_column": 0, "fill_column": 1}, "image": {"temperature": 0.3}}}
 
 
-@pytest.fixture(scope="module", params=["without fields", "with fields"])
+@pytest.fixture(scope="module", params=[0, 2, 3], ids=lambda count: f"{count} fingerprints")
 def parent(request, tmp_path_factory):
     """A saved pipeline with metrics; its card says what they are of, or is one of before."""
     folder = tmp_path_factory.mktemp("parent")
     pipe = UnifiedTextToImagePipeline(**tiny_components())
-    measured = {"suite": "quick", **subject_of(pipe)} if request.param == "with fields" else {}
-    pipe.save_pretrained(folder, card=CardInfo(metrics=METRICS, measured=measured))
+    said = ("model_fingerprint", "scheduler_fingerprint", "image_tokenizer_fingerprint")
+    found = subject_of(pipe)
+    assert found.keys() == set(said)
+    measured = {name: found[name] for name in said[: request.param]}
+    card = CardInfo(metrics=METRICS, measured=measured and {"suite": "quick", **measured})
+    pipe.save_pretrained(folder)
+    card.save(folder)
+    write_manifest(folder)
+    (folder / "README.md").write_text(render_card(load_pipeline(folder), hash_shared(folder)))
     return folder
 
 
@@ -90,6 +97,17 @@ def test_a_changed_pipeline_does_not_publish_its_parents_metrics(
     assert "multimodal-dlm card FOLDER --report" in caplog.text
     # What is measured of the child is its own.
     assert saved_metrics(pipe, tmp_path / "own", card=CardInfo(metrics={"vqa": 0.5, "b": 1})) != {}
+
+
+def test_a_card_of_before_does_not_follow_to_another_decoder_by_hand(parent, tmp_path):
+    loaded = load_pipeline(parent)
+    other = load_pipeline(parent).image_tokenizer
+    with torch.no_grad():
+        other.decoder[-2].weight.mul_(1.1)
+    made = UnifiedTextToImagePipeline.from_pipe(loaded, image_tokenizer=other)
+    kept = saved_metrics(made, tmp_path / "made", card=loaded.card)
+    # Without any fingerprint a card is of the model that it is saved with.
+    assert kept == ({} if loaded.card.measured else METRICS)
 
 
 def test_components_handed_in_are_not_the_folders(parent, tmp_path):

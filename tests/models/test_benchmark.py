@@ -236,6 +236,24 @@ def test_layer_variants(report):
     assert found["pictures"] == 4
 
 
+def test_bf16_in_software_is_timed_only_where_it_is_named(monkeypatch):
+    monkeypatch.syspath_prepend(str(FOLDER))
+    module = importlib.import_module("layer_variants")
+    monkeypatch.setattr(module, "load", lambda folder, dtype: lambda *_, **__: None)
+    plain = {name: (dtype, module.as_loaded) for name, (dtype, _) in module.variants().items()}
+    monkeypatch.setattr(module, "variants", lambda: plain)
+    low = {name for name, (dtype, _) in plain.items() if dtype == torch.bfloat16}
+    for reason, names, expected in (
+        ("slow", None, low),
+        (None, None, set()),
+        ("slow", ["bfloat16"], set()),
+    ):
+        monkeypatch.setattr(module, "software_bf16", lambda device, reason=reason: reason)
+        pipes, left_out = module.open_variants("folder", names)
+        assert left_out == dict.fromkeys(expected, "slow")
+        assert set(pipes) == ({"float32", *names} if names else set(plain) - expected)
+
+
 def test_parts_of_a_step_are_disjoint_and_whole(monkeypatch):
     """Three steps of known parts: what an inner part does is not counted for the outer one."""
     monkeypatch.syspath_prepend(str(FOLDER))

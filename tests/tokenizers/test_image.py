@@ -205,17 +205,29 @@ def test_the_critic_learns_and_reaches_the_tokenizer():
 def test_what_a_decoder_is_told_are_the_scores_and_features_of_the_critic():
     trainer = CriticTrainer(channels=4, lr=1e-3, seed=0)
     real, fake = pixels(3), pixels(3).flip(3).requires_grad_()
-    adversarial, matching = trainer.judge(real, fake)
-    assert torch.equal(adversarial, -trainer.critic(fake).mean())
+    judged = trainer.judge(real, fake, matches=True)
+    assert torch.equal(judged["adversarial"], -trainer.critic(fake).mean())
     hidden, expected = [real * 2 - 1, fake * 2 - 1], []
     for layer in trainer.critic.layers:
         hidden = [torch.nn.functional.leaky_relu(layer(x), 0.2) for x in hidden]
         expected.append((hidden[0] - hidden[1]).abs().mean())
-    assert matching.item() == pytest.approx(sum(expected).item() / 3)
-    assert float(trainer.judge(real, real)[1]) == 0
-    for index in range(2):
-        (gradient,) = torch.autograd.grad(trainer.judge(real, fake)[index], fake)
+    assert judged["matching"].item() == pytest.approx(sum(expected).item() / 3)
+    assert float(trainer.judge(real, real, matches=True)["matching"]) == 0
+    for name in judged:
+        (gradient,) = torch.autograd.grad(trainer.judge(real, fake, matches=True)[name], fake)
         assert gradient.abs().max() > 0
+    assert list(trainer.judge(real, fake, matches=False)) == ["adversarial"]
+
+
+def test_a_critic_leaves_out_a_step_whose_gradient_is_not_finite():
+    trainer = CriticTrainer(channels=4, lr=1e-2, seed=0)
+    before = {name: value.clone() for name, value in trainer.tensors().items()}
+    broken = pixels(2)
+    broken[0, 0, 0, 0] = math.inf
+    trainer.learn(broken, pixels(2))
+    assert all(torch.equal(value, before[name]) for name, value in trainer.tensors().items())
+    trainer.learn(pixels(2), pixels(2).flip(3))
+    assert not torch.equal(trainer.critic.score.weight, before["critic.score.weight"])
 
 
 def test_weights_of_the_objective_are_checked():

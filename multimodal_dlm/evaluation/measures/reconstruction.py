@@ -4,7 +4,6 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from multimodal_dlm.errors import CheckpointError
 from multimodal_dlm.evaluation.held_out import HeldOut
 from multimodal_dlm.evaluation.measurement import (
     Measurement,
@@ -15,7 +14,6 @@ from multimodal_dlm.evaluation.measurement import (
 from multimodal_dlm.evaluation.sheets import grid_sheet
 from multimodal_dlm.pipelines.pipeline_base import UnifiedPipeline
 from multimodal_dlm.pipelines.pixels import from_pixels, to_pixels
-from multimodal_dlm.tokenizers.image import ImageTokenizer
 from multimodal_dlm.tokenizers.quantizers import codebook_perplexity, codebook_usage
 
 BACKGROUND_TOLERANCE = 0.02
@@ -51,8 +49,6 @@ def foreground(pixels: Float[Tensor, "batch 3 height width"]) -> Tensor:
 def measure_reconstruction(
     pipeline: UnifiedPipeline,
     data: HeldOut,
-    *,
-    tokenizer: str | None = None,
 ) -> Measurement:
     """PSNR and foreground PSNR in decibels, codes used and their perplexity, by level.
 
@@ -62,22 +58,18 @@ def measure_reconstruction(
     Args:
         pipeline: Gives the image tokenizer.
         data: Pictures.
-        tokenizer: Folder of an image tokenizer to measure in its place, such as `tokenizers/image`.
 
     Raises:
         DataError: When the split has no picture.
-        CheckpointError: When the folder holds no image tokenizer.
     """
-    own = pipeline.image_tokenizer
-    if tokenizer is not None:
-        own = _load(tokenizer, own.dtype).to(pipeline.device)
+    tokenizer = pipeline.image_tokenizer
     images = [sample.image for sample in data.samples()]
     rows: dict[str, list[float]] = {"psnr": [], "foreground": [], "flat": [], "flat_front": []}
     codes, shown = [], ()
     for part in data.batches(len(images)):
-        pixels = to_pixels(images[part], own.config["image_size"])
-        found = own.encode(pixels.to(pipeline.device))
-        back = own.decode(found).cpu()
+        pixels = to_pixels(images[part], tokenizer.config["image_size"])
+        found = tokenizer.encode(pixels.to(pipeline.device))
+        back = tokenizer.decode(found).cpu()
         flat = pixels.mean(dim=(2, 3), keepdim=True).expand_as(pixels)
         front = foreground(pixels)
         rows["psnr"] += peak_signal_to_noise(pixels, back).tolist()
@@ -99,7 +91,7 @@ def measure_reconstruction(
             rows["foreground"], baselines={"flat": rows["flat_front"]}, seed=data.seed
         )
     levels = [torch.cat(level) for level in zip(*codes, strict=True)]
-    for number, (level, size) in enumerate(zip(levels, own.codebook_sizes, strict=True)):
+    for number, (level, size) in enumerate(zip(levels, tokenizer.codebook_sizes, strict=True)):
         for name, measured in (
             ("codes_used", codebook_usage(level, size)),
             ("perplexity", codebook_perplexity(level, size)),
@@ -110,13 +102,3 @@ def measure_reconstruction(
     lines = [sum(part, []) for part in (pairs[:half], pairs[half:]) if part]
     sheet = grid_sheet(lines, cell=96)
     return Measurement(metrics, {"given and decoded": sheet})
-
-
-def _load(folder: str, dtype: torch.dtype) -> ImageTokenizer:
-    try:
-        return ImageTokenizer.from_pretrained(folder, dtype=dtype, local_files_only=True)
-    except (OSError, ValueError) as error:
-        raise CheckpointError(
-            f"`tokenizer` must be the folder of an image tokenizer; `{folder}` holds none. Give one"
-            " that exists from where you run, or null for the pipeline's own."
-        ) from error

@@ -63,38 +63,53 @@ class CriticTrainer:
     ) -> Float[Tensor, ""]:
         """One hinge step: real patches above 1, reconstructed ones below -1.
 
+        It is left out where its gradient is not finite.
+
         The loss of Lim and Ye 2017 (arXiv 1705.02894, section 3), as in Esser et al. 2021 (arXiv
         2012.09841, section 3.1).
 
         Returns:
             The loss before the step, detached.
         """
-        scores_real, scores_fake = self.critic(torch.cat([real, fake.detach()])).chunk(2)
+        scores_real, scores_fake = self.critic(torch.cat([real, fake.detach()])).float().chunk(2)
         loss = (F.relu(1 - scores_real) + F.relu(1 + scores_fake)).mean()
         loss.backward()
-        if bool(loss.isfinite()):  # A broken step is skipped for the tokenizer as well.
+        gradients = [p.grad for p in self.critic.parameters() if p.grad is not None]
+        if bool(nn.utils.get_total_norm(gradients).isfinite()):
             self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         return loss.detach()
 
     def judge(
-        self, real: Float[Tensor, "batch 3 h w"], fake: Float[Tensor, "batch 3 h w"]
-    ) -> tuple[Float[Tensor, ""], Float[Tensor, ""]]:
+        self,
+        real: Float[Tensor, "batch 3 h w"],
+        fake: Float[Tensor, "batch 3 h w"],
+        *,
+        matches: bool,
+    ) -> dict[str, Float[Tensor, ""]]:
         """What a decoder minimizes; gradients flow into `fake` only.
 
+        Args:
+            real: Pictures.
+            fake: Their reconstructions.
+            matches: Whether features are compared.
+
         Returns:
-            Minus the mean score of `fake`, and the mean over layers of the mean absolute difference
-            of the critic's features (Wang et al. 2018, arXiv 1711.11585, Eq. 4).
+            `adversarial`, minus the mean score of `fake`, and `matching`, the mean over layers of
+            the mean absolute difference of the critic's features (Wang et al. 2018, arXiv
+            1711.11585, Eq. 4).
         """
         self.critic.requires_grad_(False)
-        with torch.no_grad():
-            targets = self.critic.features(real)
         found = self.critic.features(fake)
-        pairs = zip(found, targets, strict=True)
-        matching = torch.stack([(a - b).float().abs().mean() for a, b in pairs]).mean()
-        adversarial = -self.critic.score(found[-1]).float().mean()
+        values = {"adversarial": -self.critic.score(found[-1]).float().mean()}
+        if matches:
+            with torch.no_grad():
+                targets = self.critic.features(real)
+            pairs = zip(found, targets, strict=True)
+            distances = [(a - b).float().abs().mean() for a, b in pairs]
+            values["matching"] = torch.stack(distances).mean()
         self.critic.requires_grad_(True)
-        return adversarial, matching
+        return values
 
     def tensors(self) -> dict[str, Tensor]:
         """Weights and moments by name, on the CPU, as a checkpoint keeps them."""

@@ -148,9 +148,11 @@ class Reconstruction(Objective):
             loss = loss + self.perceptual_weight * values["perceptual"]
         if self.critic is not None and num_rows and torch.is_grad_enabled():
             values["critic"] = self.critic.learn(pixels, reconstruction)
-            values["adversarial"], values["matching"] = self.critic.judge(pixels, reconstruction)
-            loss = loss + self.adversarial_weight * values["adversarial"]
-            loss = loss + self.matching_weight * values["matching"]
+            weights = {"adversarial": self.adversarial_weight, "matching": self.matching_weight}
+            matches = self.matching_weight > 0
+            judged = self.critic.judge(pixels, reconstruction, matches=matches)
+            loss = loss + torch.stack([weights[k] * v for k, v in judged.items()]).sum()
+            values |= judged
         count = torch.tensor(float(num_rows))
         terms = {k: Term(v.detach().float() * num_rows, count) for k, v in values.items()}
         return ObjectiveOutput(loss, terms, num_rows, is_bound=False)
