@@ -22,6 +22,7 @@ table.heat th { padding: 3px 8px; font-weight: 400; } img { max-width: 100%; }
 _BAR_WIDTH, _BAR_HEIGHT = 220, 14
 _PLOT = (620, 260)
 _MARGINS = (52, 150, 40, 24)  # Left, right, bottom, top.
+_FONT_SIZE = 11
 _COLOURS = ("#3a6ea5", "#c4572e", "#4c8f4c", "#8457a8", "#a08020", "#666666")
 
 
@@ -203,8 +204,13 @@ def line_plot(curve: Mapping[str, Any]) -> str:
         marks += [f'<circle cx="{x}" cy="{y}" r="2.5" fill="{colour}"/>' for x, y in points]
         marks.append(_text(width - right + 8, end + 4, name, "start", colour))
     marks += [_text(place(x, low_y)[0], base + 15, format_tick(x)) for x in xs]
-    marks += [_text(left - 6, place(xs[0], y)[1] + 4, format_tick(y), "end")
-              for y in (low_y, high_y)]  # fmt: skip
+    ticks = [low_y, high_y]
+    if low_y < 0:
+        zero = place(xs[0], 0.0)[1]
+        line = f'd="M{left} {zero} H{width - right}" stroke="#999" stroke-dasharray="3 3"'
+        marks.append(f"<path {line}/>")
+        ticks += [0.0] if min(zero - top, base - zero) > _FONT_SIZE else []
+    marks += [_text(left - 6, place(xs[0], y)[1] + 4, format_tick(y), "end") for y in ticks]
     marks.append(_text((left + width - right) / 2, height - 6, curve["x_label"]))
     marks.append(_text(left, top - 8, curve["y_label"], "start"))
     size = f'width="{width}" height="{height}" viewBox="0 0 {width} {height}"'
@@ -231,7 +237,7 @@ def format_tick(value: float) -> str:
 
 def _text(x: float, y: float, text: str, anchor: str = "middle", colour: str = "#555") -> str:
     return (
-        f'<text x="{x}" y="{y}" text-anchor="{anchor}" font-size="11" fill="{colour}">'
+        f'<text x="{x}" y="{y}" text-anchor="{anchor}" font-size="{_FONT_SIZE}" fill="{colour}">'
         f"{escape(text)}</text>"
     )
 

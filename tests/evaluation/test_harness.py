@@ -237,6 +237,14 @@ def test_labels_of_lines_never_overlap_nor_leave_the_plot():
         assert ends[-1] < 260
 
 
+def test_a_plot_that_goes_below_zero_shows_where_zero_is():
+    for low, has_line, has_tick in ((0.2, False, True), (-1.0, True, True), (-0.05, True, False)):
+        lines = {"a": [low, 1.0]}
+        svg = line_plot({"x_label": "x", "y_label": "y", "x": [3, 4], "lines": lines})
+        assert ("stroke-dasharray" in svg) == has_line
+        assert (">0</text>" in svg) == has_tick
+
+
 def test_holes_are_a_quarter_and_their_error_is_taken_inside():
     masks = hole_masks(20, 32, seed=0)
     assert masks.sum(dim=(1, 2, 3)).tolist() == [256] * 20
