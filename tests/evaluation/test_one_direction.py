@@ -77,7 +77,7 @@ def test_the_quick_suite_says_what_each_kind_of_model_is_measured_by():
 
     read = {
         "vqa.easy_vqa", "calibration.easy_vqa", "vqa.emoji_scenes", "caption.scenes",
-        "caption.unseen_combinations", "caption.length",
+        "caption.unseen_combinations", "caption.length", "statements.scenes",
     }  # fmt: skip
     drawn = {
         "text_to_image.unseen_combinations", "text_to_image.scenes",
