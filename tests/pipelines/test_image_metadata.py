@@ -132,7 +132,7 @@ def test_a_wrapped_weight_has_a_fingerprint_that_follows_what_it_wraps():
     layer.weight = torch.nn.Parameter(TwoTensor(values, scales), requires_grad=False)
     found = {manifest.remembered_fingerprint(layer)}
     assert found == {manifest.weights_fingerprint(layer)}
-    scales[0, 0] = 3.0
+    layer.weight.b[0, 0] = 3.0
     found.add(manifest.remembered_fingerprint(layer))
     layer.weight = torch.nn.Parameter(TwoTensor(scales, values), requires_grad=False)
     found.add(manifest.remembered_fingerprint(layer))
