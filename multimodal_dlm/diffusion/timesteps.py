@@ -13,6 +13,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from multimodal_dlm.diffusion.mask_schedules import MaskSchedule
 from multimodal_dlm.errors import ConfigError
 
 
@@ -110,6 +111,43 @@ def counts_from_uniforms(
     """
     counts = torch.ceil(uniforms.double() * lengths).to(lengths.dtype)
     return torch.minimum(counts.clamp(min=1), lengths)
+
+
+def scheduled_counts(
+    uniforms: Float[Tensor, "*shape"], lengths: Int[Tensor, "*shape"], schedule: MaskSchedule
+) -> tuple[Int[Tensor, "*shape"], Float[Tensor, "*shape"]]:
+    """Mask counts k = ceil(m(u) L) of a mask rate m, and how likely each was.
+
+    With the rate of `cosine` most windows are nearly all masks, as they are in most steps of a
+    sampler that follows that schedule (Chang et al. 2022, arXiv 2202.04200, section 3.3). A loss
+    divided by L p(k) has the expectation that uniform counts give it.
+
+    Args:
+        uniforms: Numbers u in [0, 1).
+        lengths: Free positions L of each window.
+        schedule: Its mask rate m, linear for uniform counts.
+
+    Returns:
+        The counts, in 1..L (0 where L is 0), and p(k) = t(k / L) - t((k - 1) / L) in float64, t the
+        inverse of m (1 where L is 0).
+    """
+    counts = counts_from_uniforms(schedule.mask_rate(uniforms.double()), lengths)
+    size = lengths.clamp(min=1).double()
+    upper, lower = counts / size, (counts - 1).clamp(min=0) / size
+    likely = schedule.mask_rate_inverse(upper) - schedule.mask_rate_inverse(lower)
+    return counts, torch.where(lengths > 0, likely, torch.ones_like(likely))
+
+
+def mean_scheduled_count(
+    lengths: Int[Tensor, "*shape"], schedule: MaskSchedule
+) -> Float[Tensor, "*shape"]:
+    """Mean of the counts of `scheduled_counts`, in float64; 0 where L is 0."""
+    longest = int(lengths.max()) if lengths.numel() else 0
+    counts = torch.arange(longest, device=lengths.device)
+    size = lengths.clamp(min=1).double()[..., None]
+    # The mean of a count is the sum over k of the chance that it exceeds k.
+    exceeds = 1 - schedule.mask_rate_inverse((counts / size).clamp(max=1))
+    return (exceeds * (counts < lengths[..., None])).sum(dim=-1)
 
 
 def _device(generator: torch.Generator | None) -> torch.device:

@@ -20,12 +20,15 @@ from multimodal_dlm.datasets.recipes.easy_vqa import (
     question_type,
     shape_in,
 )
-from multimodal_dlm.datasets.recipes.emoji import balanced_distractors, category
+from multimodal_dlm.datasets.recipes.emoji import balanced_distractors, category, emoji_sample
 from multimodal_dlm.datasets.recipes.emoji_catalogue import (
+    Concept,
+    Drawing,
     concept_family,
     concept_split,
     is_unseen_combination,
 )
+from multimodal_dlm.datasets.recipes.emoji_moved import FIRST_RENDERING, LARGEST_SHIFT, SMALLEST
 from multimodal_dlm.datasets.recipes.emoji_rendering import BACKGROUNDS, crop_to_ink, rasterise
 from multimodal_dlm.datasets.recipes.scene_plans import (
     SceneObject,
@@ -228,8 +231,45 @@ def test_svg_is_drawn_and_cropped() -> None:
         rasterise("<svg")
 
 
+def test_moved_renderings_show_the_drawing_elsewhere_and_never_twice_the_same() -> None:
+    pytest.importorskip("resvg_py")
+    square = '<rect x="2" y="4" width="4" height="4" fill="#ff0000"/>'
+    svg = f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 16 16">{square}</svg>'
+    concept = Concept("1f7e5", "red square", "red square", "symbols", "geometric", (), "train")
+    drawing = Drawing(concept, "noto", svg, "train")
+    numbers = range(FIRST_RENDERING, FIRST_RENDERING + 40)
+    moved = {"source": "emoji_moved", "smallest": SMALLEST, "largest_shift": LARGEST_SHIFT}
+    found = [
+        emoji_sample(drawing, rasterise(svg), "train", number, "food", **moved)
+        for number in numbers
+    ]
+    places = [tuple(sample.record.meta["rendering"]["centre"]) for sample in found]
+    sizes = [sample.record.meta["rendering"]["size"] for sample in found]
+    assert {sample.record.source for sample in found} == {"emoji_moved"}
+    assert {sample.record.key for sample in found} == {f"1f7e5-noto-{n}" for n in numbers}
+    assert len({sample.image.tobytes() for sample in found}) >= 38
+    assert min(sizes) < 46 <= max(sizes) <= 62
+    assert max(abs(x - 32) for place in places for x in place) > 3
+    for sample, (x, y), size in zip(found, places, sizes, strict=True):
+        rows, columns = np.nonzero((sample.image == [255, 0, 0]).all(axis=-1))
+        assert abs(columns.mean() - x + 0.5) <= 1
+        assert abs(rows.mean() - y + 0.5) <= 1
+        assert min(x, y) - size // 2 >= 0
+        assert max(x, y) + size // 2 <= 64
+    centred = emoji_sample(drawing, rasterise(svg), "train", 0, "food")
+    assert centred.record.meta["rendering"] == {"size": 58, "centre": [32, 32]}
+    assert centred.record.source == "emoji"
+
+
 def test_recipes_are_complete() -> None:
-    assert set(RECIPES) == {"emoji", "emoji_scenes", "easy_vqa", "emoji_text", "reasoning"}
+    assert set(RECIPES) == {
+        "emoji",
+        "emoji_moved",
+        "emoji_scenes",
+        "easy_vqa",
+        "emoji_text",
+        "reasoning",
+    }
     for recipe in RECIPES.values():
         assert recipe.splits[0] == "train"
         assert set(recipe.tasks) <= set(TASKS)

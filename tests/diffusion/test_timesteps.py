@@ -5,11 +5,14 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from multimodal_dlm.diffusion.mask_schedules import get_mask_schedule
 from multimodal_dlm.diffusion.timesteps import (
     banded_uniforms,
     counts_from_uniforms,
     grouped_uniforms,
     low_discrepancy_uniforms,
+    mean_scheduled_count,
+    scheduled_counts,
     stratified_uniforms,
 )
 from multimodal_dlm.errors import ConfigError
@@ -94,3 +97,41 @@ def test_counts_at_the_ends():
     assert counts.dtype == torch.long
     large = torch.tensor([2**25 + 1])
     assert counts_from_uniforms(torch.ones(1), large).tolist() == large.tolist()
+
+
+SCHEDULES = [
+    get_mask_schedule("linear"),
+    get_mask_schedule("cosine"),
+    get_mask_schedule("polynomial", power=0.5),
+    get_mask_schedule("polynomial", power=3),
+    get_mask_schedule("geometric"),
+]
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES, ids=repr)
+@pytest.mark.parametrize("length", [1, 2, 7, 64])
+def test_counts_of_a_schedule_are_as_likely_as_they_say(schedule, length):
+    """Against the frequencies of an even grid of uniform numbers."""
+    grid = (torch.arange(100_000, dtype=torch.float64) + 0.5) / 100_000
+    lengths = torch.full((100_000,), length)
+    counts, likely = scheduled_counts(grid, lengths, schedule)
+    shares = torch.bincount(counts, minlength=length + 1)[1:] / 100_000
+    seen = torch.zeros(length, dtype=torch.float64)
+    seen[counts - 1] = likely
+    assert int(counts.min()) >= 1
+    assert int(counts.max()) <= length
+    assert torch.allclose(shares.double(), seen, atol=2e-5)
+    mean = mean_scheduled_count(torch.tensor([length]), schedule)
+    assert float(mean) == pytest.approx(float(counts.double().mean()), rel=1e-3)
+
+
+def test_a_linear_schedule_gives_the_uniform_counts_and_an_empty_window_none():
+    u = torch.tensor([0.0, 0.2, 0.5, 1 - 2**-53, 0.3], dtype=torch.float64)
+    lengths = torch.tensor([5, 5, 8, 8, 0])
+    counts, likely = scheduled_counts(u, lengths, get_mask_schedule("linear"))
+    assert counts.tolist() == counts_from_uniforms(u, lengths).tolist()
+    expected = torch.tensor([1 / 5, 1 / 5, 1 / 8, 1 / 8, 1.0], dtype=torch.float64)
+    assert torch.allclose(likely, expected)
+    means = mean_scheduled_count(lengths, get_mask_schedule("linear"))
+    assert torch.allclose(means, torch.tensor([3.0, 3.0, 4.5, 4.5, 0.0], dtype=torch.float64))
+    assert mean_scheduled_count(lengths[:0], get_mask_schedule("cosine")).shape == (0,)

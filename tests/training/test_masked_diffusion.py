@@ -8,6 +8,8 @@ import pytest
 import torch
 
 from multimodal_dlm.canvas import Canvas, noise_levels
+from multimodal_dlm.diffusion.mask_schedules import get_mask_schedule
+from multimodal_dlm.diffusion.timesteps import mean_scheduled_count
 from multimodal_dlm.errors import ConfigError, VocabularyError
 from multimodal_dlm.training.batches import drop_empty_columns
 from multimodal_dlm.training.objectives import MaskedDiffusion, build_objective
@@ -65,9 +67,14 @@ def letters_canvas(columns: torch.Tensor) -> Canvas:
     )
 
 
-def test_the_perfect_denoiser_pays_the_entropy():
+@pytest.mark.parametrize(
+    "mask_schedule",
+    [{}, {"letters": "cosine"}, {"letters": {"name": "polynomial", "power": 2}}],
+    ids=["uniform", "cosine", "square"],
+)
+def test_the_perfect_denoiser_pays_the_entropy(mask_schedule):
     model = PerfectDenoiser()
-    objective = MaskedDiffusion(num_noise_bins=1)
+    objective = MaskedDiffusion(num_noise_bins=1, mask_schedule=mask_schedule)
     entropy = -(model.joint * model.joint.log()).sum()
     repeats = 400
     total = torch.zeros(())
@@ -107,21 +114,65 @@ def test_flat_weights_change_the_loss_of_one_modality_and_no_report():
     assert not torch.equal(bound.loss, flat.loss)
 
 
-def test_flat_weights_sum_to_the_window_in_the_mean_over_counts():
+@pytest.mark.parametrize("name", ["linear", "cosine"])
+def test_weights_sum_to_the_window_in_the_mean_over_counts(name):
     canvas, vocabulary = canvas_of(("text_to_image",)), tiny_model().vocabulary
     length = int(canvas.is_free.sum())
     (window,) = canvas.free_windows()
-    total = 0.0
+    schedule = get_mask_schedule(name)
+    bound, flat = 0.0, 0.0
     for count in range(1, length + 1):
-        uniforms = {window: torch.tensor([(count - 0.5) / length], dtype=torch.float64)}
-        corrupted = MaskedDiffusion().corrupt(
-            canvas, vocabulary, generator=generators([count]), uniforms=uniforms
+        time, likely = [
+            schedule.inverse(1 - (count - 0.5) / length),
+            schedule.inverse(1 - count / length) - schedule.inverse(1 - (count - 1) / length),
+        ]
+        corrupted = MaskedDiffusion(mask_schedule={"image": name}).corrupt(
+            canvas,
+            vocabulary,
+            generator=generators([count]),
+            uniforms={window: torch.tensor([time], dtype=torch.float64)},
         )
         assert int(corrupted.is_target.sum()) == count
-        assert corrupted.flat_weight[corrupted.is_target].unique().numel() == 1
-        assert bool((corrupted.flat_weight[~corrupted.is_target] == 0).all())
-        total += float(corrupted.flat_weight.sum()) / length
-    assert total == pytest.approx(length)
+        for weight in (corrupted.weight, corrupted.flat_weight):
+            assert weight[corrupted.is_target].unique().numel() == 1
+            assert bool((weight[~corrupted.is_target] == 0).all())
+        # The bound's total is that of uniform counts, count for count.
+        assert float(corrupted.weight.sum()) * likely == pytest.approx(1, rel=1e-5)
+        bound += float(corrupted.weight.sum()) * likely
+        flat += float(corrupted.flat_weight.sum()) * likely
+    assert bound == pytest.approx(length)
+    assert flat == pytest.approx(length)
+
+
+def test_a_linear_mask_schedule_is_none_and_cosine_masks_more_of_its_modality_alone():
+    tasks = ("text_to_image",) * 32 + ("caption",) * 32
+    canvas, vocabulary = canvas_of(tasks), tiny_model().vocabulary
+    context = MaskedDiffusion().prepare(
+        [Batch(canvas, ("",) * 64, tasks, tuple(range(64)))],
+        seed=0,
+        step=0,
+        gather=list,
+        num_processes=1,
+    )
+    found = {
+        name: MaskedDiffusion(mask_schedule={"image": name} if name else None).corrupt(
+            canvas,
+            vocabulary,
+            generator=generators(range(64)),
+            uniforms=context.contexts[0]["uniforms"],
+        )
+        for name in (None, "linear", "cosine")
+    }
+    uniform, linear, cosine = found.values()
+    assert torch.equal(uniform.is_target, linear.is_target)
+    assert torch.allclose(uniform.weight, linear.weight, rtol=1e-6)
+    assert torch.allclose(uniform.flat_weight, linear.flat_weight, rtol=1e-6)
+    assert torch.equal(uniform.is_target[32:], cosine.is_target[32:])
+    assert torch.equal(uniform.weight[32:], cosine.weight[32:])
+    lengths = canvas.is_free[:32].sum(dim=1)
+    expected = mean_scheduled_count(lengths, get_mask_schedule("cosine")).sum()
+    assert float(cosine.is_target[:32].sum()) == pytest.approx(float(expected), rel=0.05)
+    assert float(expected) > 1.1 * float((lengths + 1).sum() / 2)
 
 
 def test_only_free_positions_are_masked_and_levels_are_the_realised_share():
@@ -373,6 +424,14 @@ def test_wrong_options_are_explained():
         MaskedDiffusion(mask_weighting={"imge": "flat"})(
             tiny_model(), canvas_of(("joint",)), generator=generators([0])
         )
+    with pytest.raises(VocabularyError, match="Did you mean `image`"):
+        MaskedDiffusion(mask_schedule={"imge": "cosine"})(
+            tiny_model(), canvas_of(("joint",)), generator=generators([0])
+        )
+    with pytest.raises(ConfigError, match="Did you mean `cosine`"):
+        MaskedDiffusion(mask_schedule={"image": "cosin"})
+    with pytest.raises(ConfigError, match="`power` must be a finite number above 0; got 0"):
+        MaskedDiffusion(mask_schedule={"image": {"name": "polynomial", "power": 0}})
     with pytest.raises(ConfigError, match="Did you mean `vqa`"):
         MaskedDiffusion(task_weights={"vqas": 2.0})
     with pytest.raises(ConfigError, match="`task_weights.vqa` must not be negative; got -1"):

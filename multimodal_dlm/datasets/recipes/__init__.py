@@ -2,6 +2,7 @@
 
 import multimodal_dlm.datasets.recipes.easy_vqa
 import multimodal_dlm.datasets.recipes.emoji
+import multimodal_dlm.datasets.recipes.emoji_moved
 import multimodal_dlm.datasets.recipes.emoji_scenes
 import multimodal_dlm.datasets.recipes.emoji_text
 import multimodal_dlm.datasets.recipes.reasoning  # noqa: F401

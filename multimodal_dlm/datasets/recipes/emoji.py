@@ -29,6 +29,7 @@ from multimodal_dlm.datasets.wording import with_article
 from multimodal_dlm.intake import encode_png
 
 CENTRED_SIZE = 58
+LARGEST_SIZE = 62
 MAX_NAME_WORDS = 3  # Longer names are no closed-form answers.
 DUPLICATE_COSINE = 0.98
 
@@ -98,11 +99,11 @@ class EmojiRecipe(Recipe):
     def samples(self, split: str) -> Iterator[Sample]:
         """Render a split."""
         drawings = self.drawings[split]
-        distractors = balanced_distractors([_category(drawing) for drawing in drawings])
+        distractors = distracting_categories(drawings)
         for drawing, other in zip(drawings, distractors, strict=True):
             sprite = rasterise(drawing.svg)
             for rendering in range(num_renderings(split)):
-                yield _sample(drawing, sprite, split, rendering, other)
+                yield emoji_sample(drawing, sprite, split, rendering, other)
 
 
 def num_renderings(split: str) -> int:
@@ -150,13 +151,40 @@ def balanced_distractors(categories: list[str]) -> list[str]:
     return wrong
 
 
+def distracting_categories(drawings: list[Drawing]) -> list[str]:
+    """A wrong category for each drawing, see `balanced_distractors`."""
+    return balanced_distractors([_category(drawing) for drawing in drawings])
+
+
 def _category(drawing: Drawing) -> str:
     return category(drawing.concept.subgroup, drawing.concept.group)
 
 
-def _sample(
-    drawing: Drawing, sprite: Image.Image, split: str, rendering: int, distractor: str
+def emoji_sample(
+    drawing: Drawing,
+    sprite: Image.Image,
+    split: str,
+    rendering: int,
+    distractor: str,
+    *,
+    source: str = "emoji",
+    smallest: int = 46,
+    largest_shift: int = 3,
 ) -> Sample:
+    """One rendering of a drawing: number 0 is centred, others are moved about.
+
+    Args:
+        drawing: What is drawn.
+        sprite: Its pixels, from `rasterise`.
+        split: Split of the record.
+        rendering: Number of the rendering; with hexcode and style it decides everything random.
+        distractor: A wrong category for the question about it.
+        source: Source of the record.
+        smallest: Smallest size of a rendering that is not centred, an even number of pixels; the
+            largest is 62.
+        largest_shift: How far its centre may lie from that of the picture, in pixels either way;
+            less where it would leave the picture.
+    """
     concept, style = drawing.concept, STYLES[drawing.style]
     key = f"{concept.hexcode}-{drawing.style}-{rendering}"
     draws = KeyedDraws(0, f"emoji/{key}")
@@ -165,15 +193,15 @@ def _sample(
         background = draws.choice([name for name in BACKGROUNDS if name != "white"])
     size, centre = CENTRED_SIZE, (IMAGE_SIZE // 2, IMAGE_SIZE // 2)
     if rendering:
-        size = 46 + 2 * draws.integer(9)  # 46..62 px
-        slack = min(3, (IMAGE_SIZE - size) // 2)
+        size = smallest + 2 * draws.integer((LARGEST_SIZE - smallest) // 2 + 1)
+        slack = min(largest_shift, (IMAGE_SIZE - size) // 2)
         x, y = (IMAGE_SIZE // 2 + draws.integer(2 * slack + 1) - slack for _ in range(2))
         centre = (x, y)
     canvas = new_canvas(background)
     place(canvas, sprite, centre, size)
     record = Record(
         key=key,
-        source="emoji",
+        source=source,
         split=split,
         license=style.package.license,
         captions=_captions(drawing, background, draws),

@@ -19,8 +19,14 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from multimodal_dlm.canvas import Canvas, noise_levels
+from multimodal_dlm.diffusion.mask_schedules import MaskSchedule, get_mask_schedule
 from multimodal_dlm.diffusion.masking import exact_count_mask, rectangle_mask
-from multimodal_dlm.diffusion.timesteps import counts_from_uniforms, stratified_uniforms
+from multimodal_dlm.diffusion.timesteps import (
+    counts_from_uniforms,
+    mean_scheduled_count,
+    scheduled_counts,
+    stratified_uniforms,
+)
 from multimodal_dlm.errors import ConfigError, nearest_match, unknown_name
 from multimodal_dlm.tasks import TASKS
 from multimodal_dlm.training.objectives.base import Generators, ObjectiveOutput, target_nll
@@ -46,8 +52,10 @@ class Corruption:
     Args:
         canvas: Targets replaced by their modality's mask.
         is_target: Positions that carry loss.
-        weight: L / k of the window at each target, 0 elsewhere: the bound's.
-        flat_weight: 2 L / (L + 1) at each target, 0 elsewhere.
+        weight: The bound's at each target, 0 elsewhere: L / k of the window, over L p(k) where
+            counts are not uniform.
+        flat_weight: L over the mean count at each target, 0 elsewhere: 2 L / (L + 1) where counts
+            are uniform.
         is_apart: Rows whose loss is no bound of the data: masked by a rectangle instead of an exact
             count, or with masks in what they are given.
     """
@@ -73,6 +81,12 @@ class MaskedDiffusion(CanvasObjective):
             same sum in the mean. A picture's last few tokens then no longer weigh as much as all of
             it, and gradients vary less (You et al. 2025, arXiv 2503.07197, w(t) = 1). The optimum
             is the same, the reported bounds stay bounds.
+        mask_schedule: By modality, the mask schedule whose rate at a uniform time sets the share of
+            a window that is masked, as `{image: cosine}` or `{image: {name: polynomial, power:
+            0.5}}`; uniform shares where none is given. With `cosine` pictures are seen as its
+            sampler sees them, mostly masks, where the text has to say what they are (Chang et al.
+            2022, arXiv 2202.04200). The bound weighs by 1 / p(k) against it and stays a bound;
+            `flat` does not, so it also shifts the loss to high noise.
         condition_noise: By task, the largest share of each known window's tokens that is masked
             while training, without loss: the count is uniform from 0 to it, one draw for all known
             windows of a row (of `vqa` picture and question). A picture to be named is then never
@@ -87,6 +101,7 @@ class MaskedDiffusion(CanvasObjective):
         task_weights: Mapping[str, float] | None = None,
         hole_share: float = 0.0,
         mask_weighting: Mapping[str, str] | None = None,
+        mask_schedule: Mapping[str, str | Mapping[str, Any]] | None = None,
         condition_noise: Mapping[str, float] | None = None,
         num_noise_bins: int = 4,
     ) -> None:
@@ -98,6 +113,10 @@ class MaskedDiffusion(CanvasObjective):
                     f"`mask_weighting.{modality}` must be one of {', '.join(MASK_WEIGHTINGS)}; got"
                     f" {weighting!r}.{nearest_match(weighting, MASK_WEIGHTINGS)}"
                 )
+        self.mask_schedule = {
+            modality: get_mask_schedule(**({"name": entry} if isinstance(entry, str) else entry))
+            for modality, entry in (mask_schedule or {}).items()
+        }
         if not 0.0 <= hole_share <= 1.0:
             raise ConfigError(f"`hole_share` must lie in [0, 1]; got {hole_share}. Use 0.1.")
         self.hole_share = hole_share
@@ -188,8 +207,11 @@ class MaskedDiffusion(CanvasObjective):
             wants_hole = torch.tensor([draw < self.hole_share for draw in draws])
         wants_hole = wants_hole.to(canvas.device) & (num_free_windows(canvas) == 1)
         has_hole = torch.zeros(canvas.batch_size, dtype=torch.bool, device=canvas.device)
+        for modality in self.mask_schedule:
+            vocabulary.modality_id(modality)
         for window in canvas.free_windows():
             part = canvas.window_slice(window)
+            modality = vocabulary.modalities[canvas.window_modality(window)]
             u = uniforms[window] if uniforms is not None else _draw(canvas.batch_size, generator)
             u = u.to(canvas.device)
             blocks = list(_blocks(canvas, part))
@@ -197,16 +219,17 @@ class MaskedDiffusion(CanvasObjective):
                 _check_one_piece(canvas, part, self.hole_share)
             for is_free in blocks:
                 lengths = is_free.sum(dim=1)
-                masked = _masks(is_free, counts_from_uniforms(u, lengths), generator)
+                wanted, bound, flat = _counts(u, lengths, self.mask_schedule.get(modality))
+                masked = _masks(is_free, wanted, generator)
                 if bool(wants_hole.any()):
                     masked, holed = _holes(canvas, part, masked, wants_hole, generator)
                     has_hole |= holed
                 counts = masked.sum(dim=1)
                 is_target[:, part] |= masked
-                weight[:, part] += masked * (lengths / counts.clamp(min=1))[:, None]
-                flat_weight[:, part] += masked * (2 * lengths / (lengths + 1))[:, None]
+                weight[:, part] += masked * (bound * lengths / counts.clamp(min=1))[:, None]
+                flat_weight[:, part] += masked * flat[:, None]
                 u = (u + GOLDEN_RATIO) % 1.0
-            mask = vocabulary.mask_token_id(vocabulary.modalities[canvas.window_modality(window)])
+            mask = vocabulary.mask_token_id(modality)
             input_ids[:, part] = input_ids[:, part].masked_fill(is_target[:, part], mask)
         blurred = self._blurred(canvas, vocabulary, draws, tasks, generator)
         for window in canvas.windows() if bool(blurred.any()) else ():
@@ -268,6 +291,19 @@ def _blocks(canvas: Canvas, part: slice) -> Iterator[Bool[Tensor, "batch length"
     number = order - order.masked_fill(~is_free, beyond).amin(dim=1, keepdim=True)
     for block in range(int(number.masked_fill(~is_free, 0).max()) + 1):
         yield is_free & (number == block)
+
+
+def _counts(
+    u: Float[Tensor, " batch"], lengths: Int[Tensor, " batch"], schedule: MaskSchedule | None
+) -> tuple[Int[Tensor, " batch"], Tensor, Tensor]:
+    """Mask counts k, 1 / (L p(k)), and the weight that all targets may share: L over the mean k."""
+    if schedule is None:
+        flat = 2 * lengths / (lengths + 1)
+        return counts_from_uniforms(u, lengths), torch.ones_like(flat), flat
+    counts, likely = scheduled_counts(u, lengths, schedule)
+    size = lengths.clamp(min=1)
+    flat = lengths / mean_scheduled_count(size, schedule)
+    return counts, (1 / (size * likely)).float(), flat.float()
 
 
 def _draw(batch: int, generator: Generators) -> Float[Tensor, " batch"]:
