@@ -233,7 +233,7 @@ def test_svg_is_drawn_and_cropped() -> None:
 
 def test_moved_renderings_show_the_drawing_elsewhere_and_never_twice_the_same() -> None:
     pytest.importorskip("resvg_py")
-    square = '<rect x="2" y="4" width="4" height="4" fill="#ff0000"/>'
+    square = '<rect x="4" y="4" width="8" height="8" fill="#ff0000"/>'
     svg = f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 16 16">{square}</svg>'
     concept = Concept("1f7e5", "red square", "red square", "symbols", "geometric", (), "train")
     drawing = Drawing(concept, "noto", svg, "train")
