@@ -47,6 +47,7 @@ COMMANDS = {
     "generate": Command("pictures", "draw pictures from prompts"),
     "caption": Command("texts", "describe pictures"),
     "ask": Command("texts", "answer questions about a picture"),
+    "rank": Command("texts", "sort captions by how well they fit a picture"),
     "inpaint": Command("pictures", "redraw a part of a picture"),
     "joint": Command("pictures", "invent pictures together with their captions"),
     "train": Command("train", "train a model or a tokenizer from a config file"),

@@ -314,6 +314,21 @@ def test_caption_and_ask(capsys, tiny):
     assert [row["question"] for row in values["answers"]] == ["what is this?", "is it red?"]
 
 
+def test_rank_sorts_texts_and_is_the_same_again(capsys, tiny):
+    arguments = ["rank", str(tiny / "picture.png"), "a pear", "a plum", "a red square",
+                 "--num_draws", "4", "--pipeline", str(tiny / "pipeline")]  # fmt: skip
+    rows = succeed(capsys, *arguments)["texts"]
+    assert [row["nats"] for row in rows] == sorted((row["nats"] for row in rows), reverse=True)
+    assert sorted(row["place"] for row in rows) == [0, 1, 2]
+    assert rows == succeed(capsys, *arguments)["texts"]
+    status, out, _ = run(capsys, *arguments)
+    assert status == 0
+    assert out.splitlines()[0] == f"{rows[0]['nats']:+9.2f} nats  {rows[0]['text']}"
+    status, _, err = run(capsys, *arguments[:-4], "--num_draws", "3", *arguments[-2:])
+    assert status == 2
+    assert "`num_draws` must be even" in err
+
+
 def test_human_output_names_the_files(capsys, tiny, tmp_path):
     arguments = ["a pear", "--output", str(tmp_path), "--pipeline", str(tiny / "pipeline")]
     status, out, _ = run(capsys, "generate", *arguments)

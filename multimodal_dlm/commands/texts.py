@@ -1,4 +1,4 @@
-"""Commands that read pictures: caption, ask."""
+"""Commands that read pictures: caption, ask, rank."""
 
 import time
 from typing import TYPE_CHECKING
@@ -21,6 +21,10 @@ def add_options(parser: "ArgumentParser", name: str) -> None:
     if name == "caption":
         parser.add_argument("image", nargs="+", type=str, help="picture files")
         parser.add_function_arguments(run_caption, skip={"image"}, as_group=False)
+    elif name == "rank":
+        parser.add_argument("image", type=str, help="picture file")
+        parser.add_argument("text", nargs="+", type=str, help="captions; quote each one")
+        parser.add_function_arguments(run_rank, skip={"image", "text"}, as_group=False)
     else:
         parser.add_argument("image", type=str, help="picture file")
         parser.add_argument("question", nargs="+", type=str, help="questions; quote each one")
@@ -111,3 +115,32 @@ def run_ask(
     lines = [f"{row['question']} {row['answer']}" for row in rows]
     values = {"image": image, "answers": rows, "seconds": round(seconds, 3)}
     return Report(values, "\n".join(lines))
+
+
+def run_rank(
+    image: str,
+    text: list[str],
+    *,
+    pipeline: str = RELEASED_PIPELINE,
+    num_draws: int = 16,
+    seed: int = 0,
+    device: str = "auto",
+) -> Report:
+    """Sort captions by how much likelier a picture makes them, in nats, the best first.
+
+    Args:
+        image: Picture file.
+        text: Captions, worded as the model's own captions are.
+        pipeline: folder of a saved pipeline, or `owner/name` on the Hub
+        num_draws: masks of each text, with and without the picture; even
+        seed: of the masks, the same for all texts
+        device: auto, cpu, cuda, cuda:1
+    """
+    picture = read_picture(image)
+    loaded = load("UnifiedImageToTextPipeline", pipeline, device)
+    start = time.perf_counter()
+    ranked = loaded.rank_texts(picture, text, num_draws=num_draws, generator=seeded(seed, 1)[0])
+    seconds = time.perf_counter() - start
+    rows = [{"text": row.text, "nats": round(row.score, 3), "place": row.place} for row in ranked]
+    lines = [f"{row['nats']:+9.2f} nats  {row['text']}" for row in rows]
+    return Report({"image": image, "texts": rows, "seconds": round(seconds, 3)}, "\n".join(lines))
