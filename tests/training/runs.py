@@ -119,6 +119,32 @@ def run_config(root: Path, output: str = "run", **changes) -> TrainConfig:
     return dataclasses.replace(config, **changes)
 
 
+CRITIC = {
+    "perceptual_weight": 0.0,
+    "adversarial_weight": 0.1,
+    "matching_weight": 1.0,
+    "critic_channels": 4,
+}
+
+
+def tokenizer_config(root: Path, output: str = "image_tokenizer", **changes) -> TrainConfig:
+    """A run of six steps that trains an image tokenizer; options of the objective: `CRITIC`."""
+    return dataclasses.replace(
+        run_config(root, output, **changes),
+        model=ModelConfig(
+            component="image_tokenizer",
+            options={
+                "image_size": IMAGE_SIZE,
+                "channels": (8, 8),
+                "encoder_layers": (1, 1),
+                "decoder_layers": (1, 1),
+                "quantizer": {"type": "fsq", "levels": [4, 4, 3]},
+            },
+        ),
+        objective=ObjectiveConfig("reconstruction", {"perceptual_weight": 0.0}),
+    )
+
+
 class Stop(Exception):
     """Ends a run as a crash would."""
 

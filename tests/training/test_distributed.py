@@ -113,6 +113,19 @@ def test_shards_resume_bit_for_bit(two_root, file):
 
 
 @pytest.mark.slow
+def test_each_process_goes_on_with_the_critic_it_had(two_root):
+    straight, resumed = (read(two_root, run, "objective") for run in ("critics", "critics_resumed"))
+    assert straight.keys() == resumed.keys()
+    assert all(torch.equal(tensor, resumed[name]) for name, tensor in straight.items())
+    weights = [name for name in straight if name.startswith("0.critic.") and "weight" in name]
+    assert weights
+    for name in weights:  # Each has learned from its own rows.
+        assert not torch.equal(straight[name], straight[f"1.{name.removeprefix('0.')}"]), name
+    left, right = (read(two_root, run, "model") for run in ("critics", "critics_resumed"))
+    assert all(torch.equal(tensor, right[name]) for name, tensor in left.items())
+
+
+@pytest.mark.slow
 def test_one_process_goes_on_with_a_checkpoint_of_shards(run_root, two_root):
     leave_half(two_root / "fsdp", two_root / "alone")
     train(two_config(run_root, "alone"))

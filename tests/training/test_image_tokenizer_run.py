@@ -10,24 +10,15 @@ from multimodal_dlm.tokenizers.image import ImageTokenizer
 from multimodal_dlm.training.components import build_job
 from multimodal_dlm.training.config import DataConfig, ModelConfig, ObjectiveConfig
 from multimodal_dlm.training.run import describe, train
-from tests.training.runs import IMAGE_SIZE, Stop, crash_at, final_tensors, run_config
-
-
-def tokenizer_config(root, **changes):
-    return dataclasses.replace(
-        run_config(root, "image_tokenizer", **changes),
-        model=ModelConfig(
-            component="image_tokenizer",
-            options={
-                "image_size": IMAGE_SIZE,
-                "channels": (8, 8),
-                "encoder_layers": (1, 1),
-                "decoder_layers": (1, 1),
-                "quantizer": {"type": "fsq", "levels": [4, 4, 3]},
-            },
-        ),
-        objective=ObjectiveConfig("reconstruction", {"perceptual_weight": 0.0}),
-    )
+from tests.training.runs import (
+    CRITIC,
+    IMAGE_SIZE,
+    Stop,
+    crash_at,
+    final_tensors,
+    run_config,
+    tokenizer_config,
+)
 
 
 def test_an_image_tokenizer_is_trained_by_the_same_loop(run_root):
@@ -62,14 +53,6 @@ def test_what_is_frozen_must_exist_and_leave_something(run_root):
     ):
         with pytest.raises(ConfigError, match=message):
             describe(dataclasses.replace(config, model=dataclasses.replace(model, frozen=frozen)))
-
-
-CRITIC = {
-    "perceptual_weight": 0.0,
-    "adversarial_weight": 0.1,
-    "matching_weight": 1.0,
-    "critic_channels": 4,
-}
 
 
 def test_a_resumed_run_has_the_critic_it_had(run_root):

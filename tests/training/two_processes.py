@@ -13,12 +13,12 @@ import sys
 from pathlib import Path
 
 from multimodal_dlm.training.components import build_job
-from multimodal_dlm.training.config import EvaluationConfig, TrainConfig
+from multimodal_dlm.training.config import EvaluationConfig, ObjectiveConfig, TrainConfig
 from multimodal_dlm.training.launching import open_accelerator
 from multimodal_dlm.training.objectives import OBJECTIVES, MaskedDiffusion
 from multimodal_dlm.training.run import train
 from multimodal_dlm.training.trainer import Trainer
-from tests.training.runs import run_config
+from tests.training.runs import CRITIC, run_config, tokenizer_config
 
 STEPS = 4
 OPTIONS = {"noise_conditioning": "ada_norm_single", "tie_word_embeddings": False}
@@ -36,6 +36,12 @@ def two_config(root: Path, output: str, **changes) -> TrainConfig:
         data=dataclasses.replace(config.data, micro_batch_size=2),
         model=dataclasses.replace(config.model, options=OPTIONS),
     )
+
+
+def critic_config(root: Path, output: str) -> TrainConfig:
+    """A run of an image tokenizer in which every process has a critic."""
+    config = tokenizer_config(root, f"two/{output}", num_train_steps=STEPS)
+    return dataclasses.replace(config, objective=ObjectiveConfig("reconstruction", CRITIC))
 
 
 def fit(config: TrainConfig, callbacks=()) -> None:
@@ -69,6 +75,10 @@ def train_in_shards(root: Path) -> None:
     if os.environ["RANK"] == "0":
         leave_half(root / "two/fsdp", root / "two/resumed")
     fit(two_config(root, "resumed", sharding="fsdp"))
+    fit(critic_config(root, "critics"))
+    if os.environ["RANK"] == "0":
+        leave_half(root / "two/critics", root / "two/critics_resumed")
+    fit(critic_config(root, "critics_resumed"))
 
 
 class OneBrokenRank(MaskedDiffusion):
