@@ -10,13 +10,15 @@ from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, Self
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from multimodal_dlm.canvas import Canvas
 from multimodal_dlm.datasets.selection import YIELDED
 from multimodal_dlm.diffusion.losses import token_nll
 from multimodal_dlm.training.packing import Packing
+
+PIECE = 64
 
 Generators = torch.Generator | Sequence[torch.Generator]
 
@@ -235,14 +237,24 @@ def target_nll(
         def head(states: Tensor, name: str = modality) -> Tensor:
             return model.compute_logits(states, name)
 
+        places = _in_pieces(chosen.flatten().nonzero().flatten())
         nll = token_nll(
-            hidden_states[chosen],
+            hidden_states.flatten(0, 1).index_select(0, places),
             head,
-            vocabulary.to_columns(canvas.input_ids[chosen], modality),
+            vocabulary.to_columns(canvas.input_ids.flatten()[places], modality),
             num_columns=vocabulary.num_columns(modality),
         )
-        dense = dense.masked_scatter(chosen, nll)
+        dense = dense.masked_scatter(chosen, nll[: int(chosen.sum())])
     if not bool(is_target.any()):
         logits = model.compute_logits(hidden_states[:, :1], vocabulary.modalities[0])
         dense = dense + 0.0 * logits.sum()
     return dense
+
+
+def _in_pieces(places: Int[Tensor, " count"]) -> Int[Tensor, " padded"]:
+    """At least one place, the first one repeated at the end up to a multiple of `PIECE`.
+
+    Products of ever other sizes would be compiled anew in every step: oneDNN keeps its last 1,024
+    kernels with their memory, of which almost none would be met again.
+    """
+    return torch.cat([places, places[:1].expand(-len(places) % PIECE)])
