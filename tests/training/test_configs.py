@@ -28,7 +28,7 @@ def test_all_configs_are_found():
     names = [path.relative_to(ROOT / "configs").as_posix() for path in CONFIGS]
     stages = (
         *("", "_compare", "_draw", "_end", "_finish", "_names"),
-        *("_read", "_relations", "_shapes", "_teach"),
+        *("_read", "_relations", "_settle", "_shapes", "_show", "_teach"),
     )
     assert names == [
         *(
