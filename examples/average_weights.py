@@ -26,10 +26,16 @@ def main() -> None:
         parser.error(f"`--share` must lie in [0, 1]; got {options.share}. Use 0.5.")
     first, second = (load_pipeline(folder) for folder in (options.first, options.second))
     others = first.transformer.state_dict()
+    differ = [k for k in ("vocabulary", "layout", "hidden_size", "num_layers")
+              if first.transformer.config[k] != second.transformer.config[k]]  # fmt: skip
+    if differ:
+        parser.error(
+            f"Both backbones must have the same {', '.join(differ)}. Average stages of one."
+        )
     with torch.no_grad():
         for name, weight in second.transformer.state_dict().items():
             weight.lerp_(others[name].to(weight.dtype), 1 - options.share)
-    second.transformer.to(torch.bfloat16)
+    second.transformer.bfloat16()
     second.save_pretrained(options.output)
     print(f"Saved {options.output}: {options.share:g} of {options.second}.")
 
