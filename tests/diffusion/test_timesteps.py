@@ -105,6 +105,7 @@ SCHEDULES = [
     get_mask_schedule("polynomial", power=0.5),
     get_mask_schedule("polynomial", power=3),
     get_mask_schedule("geometric"),
+    get_mask_schedule("geometric", growth=50),
 ]
 
 

@@ -175,6 +175,22 @@ def test_a_linear_mask_schedule_is_none_and_cosine_masks_more_of_its_modality_al
     assert float(expected) > 1.1 * float((lengths + 1).sum() / 2)
 
 
+def test_holes_weigh_the_same_under_every_schedule():
+    canvas, vocabulary = canvas_of(("text_to_image",) * 4), tiny_model().vocabulary
+    found = [
+        MaskedDiffusion(hole_share=1.0, mask_schedule=schedule).corrupt(
+            canvas, vocabulary, generator=generators(range(4)), draws=(0.5,) * 4
+        )
+        for schedule in (None, {"image": "cosine"})
+    ]
+    for corrupted in found:
+        counts = corrupted.is_target.sum(dim=1)
+        lengths = canvas.is_free.sum(dim=1)
+        assert torch.allclose(corrupted.weight.sum(dim=1), lengths.float())
+        expected = 2 * lengths / (lengths + 1) * counts
+        assert torch.allclose(corrupted.flat_weight.sum(dim=1), expected)
+
+
 def test_only_free_positions_are_masked_and_levels_are_the_realised_share():
     canvas, vocabulary = canvas_of(), tiny_model().vocabulary
     corrupted = MaskedDiffusion().corrupt(canvas, vocabulary, generator=generators(range(6)))

@@ -224,6 +224,9 @@ class MaskedDiffusion(CanvasObjective):
                 if bool(wants_hole.any()):
                     masked, holed = _holes(canvas, part, masked, wants_hole, generator)
                     has_hole |= holed
+                    # A hole has the size of its rectangle: no schedule drew it.
+                    bound = bound.masked_fill(holed, 1.0)
+                    flat = torch.where(holed, 2 * lengths / (lengths + 1), flat)
                 counts = masked.sum(dim=1)
                 is_target[:, part] |= masked
                 weight[:, part] += masked * (bound * lengths / counts.clamp(min=1))[:, None]
