@@ -26,12 +26,10 @@ def main() -> None:
         parser.error(f"`--share` must lie in [0, 1]; got {options.share}. Use 0.5.")
     first, second = (load_pipeline(folder) for folder in (options.first, options.second))
     others = first.transformer.state_dict()
-    differ = [k for k in ("vocabulary", "layout", "hidden_size", "num_layers")
-              if first.transformer.config[k] != second.transformer.config[k]]  # fmt: skip
-    if differ:
-        parser.error(
-            f"Both backbones must have the same {', '.join(differ)}. Average stages of one."
-        )
+    configs = [dict(pipe.transformer.config) for pipe in (first, second)]
+    for name, value in configs[0].items():
+        if not name.startswith("_") and value != (other := configs[1].get(name)):
+            parser.error(f"Both must have the same `{name}`; got {value!r:.60} and {other!r:.60}.")
     with torch.no_grad():
         for name, weight in second.transformer.state_dict().items():
             weight.lerp_(others[name].to(weight.dtype), 1 - options.share)

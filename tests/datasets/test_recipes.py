@@ -10,7 +10,13 @@ import pytest
 from multimodal_dlm.datasets import ShardReader, iterate_samples, open_manifest
 from multimodal_dlm.datasets.build import build, inspect
 from multimodal_dlm.datasets.fetching import SourceFolder, SourcePackage
-from multimodal_dlm.datasets.recipes import RECIPES, Recipe, get_recipe, register_recipe
+from multimodal_dlm.datasets.recipes import (
+    RECIPES,
+    Recipe,
+    emoji_moved,
+    get_recipe,
+    register_recipe,
+)
 from multimodal_dlm.datasets.recipes.easy_vqa import (
     COLOURS,
     PALETTE,
@@ -231,7 +237,27 @@ def test_svg_is_drawn_and_cropped() -> None:
         rasterise("<svg")
 
 
-def test_moved_renderings_show_the_drawing_elsewhere_and_never_twice_the_same() -> None:
+def test_moved_renderings_are_of_training_drawings_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("resvg_py")
+    square = '<rect width="1" height="1"/>'
+    svg = f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 1 1">{square}</svg>'
+    drawings = [
+        Drawing(Concept(code, code, code, "symbols", "geometric", (), kind), style, svg, split)
+        for code, style, kind, split in (
+            ("1a", "noto", "train", "train"),
+            ("1a", "twemoji", "train", "unseen_combinations"),
+            ("2b", "noto", "test", "test"),
+        )
+    ]
+    monkeypatch.setattr(emoji_moved, "load_drawings", lambda sources: drawings)
+    recipe = get_recipe("emoji_moved")(SourceFolder(Path("nowhere")))
+    found = [sample.record for sample in recipe.samples("train")]
+    assert [record.key for record in found] == [f"1a-noto-{n}" for n in range(2, 8)]
+    assert len(found) == recipe.count("train")
+    assert {(record.source, record.split) for record in found} == {("emoji_moved", "train")}
+
+
+def test_moved_renderings_show_the_drawing_elsewhere_and_rarely_twice_the_same() -> None:
     pytest.importorskip("resvg_py")
     square = '<rect x="4" y="4" width="8" height="8" fill="#ff0000"/>'
     svg = f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 16 16">{square}</svg>'

@@ -1,4 +1,4 @@
-"""Recipe `emoji_moved`: the training drawings of `emoji`, moved about, so that nothing is fixed."""
+"""Recipe `emoji_moved`: the training drawings of `emoji` six more times each, moved about."""
 
 from collections.abc import Iterator
 from functools import cached_property

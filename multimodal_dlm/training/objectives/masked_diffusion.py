@@ -77,13 +77,13 @@ class MaskedDiffusion(CanvasObjective):
             instead (practice for inpainting; left out of the reported bounds). 0 where grids are
             written in blocks, as under `condition_attention: causal`.
         mask_weighting: `bound` or `flat` for each modality by name; `bound` where none is given.
-            `bound` is the NELBO's L / k; `flat` gives each masked token the same 2 L / (L + 1), the
-            same sum in the mean. A picture's last few tokens then no longer weigh as much as all of
-            it, and gradients vary less (You et al. 2025, arXiv 2503.07197, w(t) = 1). The optimum
-            is the same, the reported bounds stay bounds.
+            `bound` is the NELBO's L / k; `flat` gives each masked token the same 2 L / (L + 1) (L
+            over the mean count), the same sum in the mean. A picture's last few tokens then no
+            longer weigh as much as all of it, and gradients vary less (You et al. 2025, arXiv
+            2503.07197, w(t) = 1). The optimum is the same, the reported bounds stay bounds.
         mask_schedule: By modality, the mask schedule whose rate at a uniform time sets the share of
             a window that is masked, as `{image: cosine}` or `{image: {name: polynomial, power:
-            0.5}}`; uniform shares where none is given. With `cosine` pictures are seen as its
+            2}}`; uniform shares where none is given. With `cosine` pictures are seen as its
             sampler sees them, mostly masks, where the text has to say what they are (Chang et al.
             2022, arXiv 2202.04200). The bound weighs by 1 / p(k) against it and stays a bound;
             `flat` does not, so it also shifts the loss to high noise.
@@ -113,10 +113,7 @@ class MaskedDiffusion(CanvasObjective):
                     f"`mask_weighting.{modality}` must be one of {', '.join(MASK_WEIGHTINGS)}; got"
                     f" {weighting!r}.{nearest_match(weighting, MASK_WEIGHTINGS)}"
                 )
-        self.mask_schedule = {
-            modality: get_mask_schedule(**({"name": entry} if isinstance(entry, str) else entry))
-            for modality, entry in (mask_schedule or {}).items()
-        }
+        self.mask_schedule = _schedules(mask_schedule or {})
         if not 0.0 <= hole_share <= 1.0:
             raise ConfigError(f"`hole_share` must lie in [0, 1]; got {hole_share}. Use 0.1.")
         self.hole_share = hole_share
@@ -143,6 +140,7 @@ class MaskedDiffusion(CanvasObjective):
         draws: Sequence[float] = (),
         row_share: float = 1.0,
         packing: Packing | None = None,
+        is_scheduled: bool = True,
     ) -> ObjectiveOutput:
         """One forward on one corruption of a clean canvas.
 
@@ -158,11 +156,18 @@ class MaskedDiffusion(CanvasObjective):
                 without.
             row_share: Rows of this micro-batch over those of the global batch.
             packing: How rows share the rows of the forward pass.
+            is_scheduled: Whether counts follow `mask_schedule`; uniform ones otherwise.
         """
         del teacher
         vocabulary = model.vocabulary
         corrupted = self.corrupt(
-            inputs, vocabulary, generator=generator, uniforms=uniforms, draws=draws, tasks=tasks
+            inputs,
+            vocabulary,
+            generator=generator,
+            uniforms=uniforms,
+            draws=draws,
+            tasks=tasks,
+            is_scheduled=is_scheduled,
         )
         noisy = corrupted.canvas
         levels = noise_levels(noisy, vocabulary)
@@ -181,6 +186,16 @@ class MaskedDiffusion(CanvasObjective):
         terms |= density_terms(corrupted.weight, corrupted.is_target, inputs)
         return ObjectiveOutput(loss, terms, int(corrupted.is_target.sum()), is_bound)
 
+    def grid(
+        self, contexts: Sequence[dict[str, Any]], num_levels: int
+    ) -> list[list[dict[str, Any]]]:
+        """Those of every canvas objective, with uniform counts whatever `mask_schedule` says.
+
+        So held-out levels are equal bands of noise, the same in runs with different schedules.
+        """
+        levels = super().grid(contexts, num_levels)
+        return [[{**context, "is_scheduled": False} for context in level] for level in levels]
+
     def corrupt(
         self,
         canvas: Canvas,
@@ -190,13 +205,15 @@ class MaskedDiffusion(CanvasObjective):
         uniforms: Mapping[int, Float[Tensor, " batch"]] | None = None,
         draws: Sequence[float] = (),
         tasks: Sequence[str] = (),
+        is_scheduled: bool = True,
     ) -> Corruption:
         """Mask an exact count of every block of a free window, or one rectangle of a grid.
 
         What is known keeps its tokens, but for the `condition_noise` of a row's task.
 
         Raises:
-            ConfigError: When rows may get holes and a grid is written in several blocks.
+            ConfigError: When rows may get holes and a grid is written in several blocks, or
+                `mask_schedule` names a modality that there is not.
         """
         is_target = torch.zeros_like(canvas.is_free)
         weight = torch.zeros(canvas.is_free.shape, device=canvas.device)
@@ -208,7 +225,8 @@ class MaskedDiffusion(CanvasObjective):
         wants_hole = wants_hole.to(canvas.device) & (num_free_windows(canvas) == 1)
         has_hole = torch.zeros(canvas.batch_size, dtype=torch.bool, device=canvas.device)
         for modality in self.mask_schedule:
-            vocabulary.modality_id(modality)
+            if modality not in vocabulary.modalities:
+                raise unknown_name("modality in `mask_schedule`", modality, vocabulary.modalities)
         for window in canvas.free_windows():
             part = canvas.window_slice(window)
             modality = vocabulary.modalities[canvas.window_modality(window)]
@@ -219,7 +237,8 @@ class MaskedDiffusion(CanvasObjective):
                 _check_one_piece(canvas, part, self.hole_share)
             for is_free in blocks:
                 lengths = is_free.sum(dim=1)
-                wanted, bound, flat = _counts(u, lengths, self.mask_schedule.get(modality))
+                schedule = self.mask_schedule.get(modality) if is_scheduled else None
+                wanted, bound, flat = _counts(u, lengths, schedule)
                 masked = _masks(is_free, wanted, generator)
                 if bool(wants_hole.any()):
                     masked, holed = _holes(canvas, part, masked, wants_hole, generator)
@@ -294,6 +313,26 @@ def _blocks(canvas: Canvas, part: slice) -> Iterator[Bool[Tensor, "batch length"
     number = order - order.masked_fill(~is_free, beyond).amin(dim=1, keepdim=True)
     for block in range(int(number.masked_fill(~is_free, 0).max()) + 1):
         yield is_free & (number == block)
+
+
+def _schedules(entries: Any) -> dict[str, MaskSchedule]:
+    """The mask schedule of each modality, from its name or from its name and options."""
+    remedy = "Write `{image: cosine}`, or `{image: {name: polynomial, power: 2}}`."
+    if not isinstance(entries, Mapping):
+        raise ConfigError(f"`mask_schedule` must go by modality; got {entries!r}. {remedy}")
+    found = {}
+    for modality, entry in entries.items():
+        options = {"name": entry} if isinstance(entry, str) else entry
+        if not isinstance(options, Mapping) or not isinstance(options.get("name"), str):
+            raise ConfigError(
+                f"`mask_schedule.{modality}` must be a name, or a mapping that has a `name`; got"
+                f" {entry!r}. {remedy}"
+            )
+        try:
+            found[modality] = get_mask_schedule(**options)
+        except ConfigError as error:
+            raise ConfigError(f"`mask_schedule.{modality}`: {error}") from error
+    return found
 
 
 def _counts(
