@@ -8,12 +8,10 @@ import shlex
 from pathlib import Path
 
 import pytest
-import torch
 
-from multimodal_dlm import UnifiedTextToImagePipeline, cli, load_pipeline
+from multimodal_dlm import cli
 from multimodal_dlm.commands.parser import hyphens_to_underscores
 from tests.conftest import REPOSITORY
-from tests.pipelines.tiny import tiny_components
 from tests.test_packaging import tracked_files
 
 README = (REPOSITORY / "README.md").read_text(encoding="utf-8")
@@ -148,33 +146,6 @@ def test_examples_run(name, released_pipeline, tmp_path, monkeypatch, capsys):
     assert capsys.readouterr().out.strip()
 
 
-def average_weights(monkeypatch, *arguments):
-    path = str(REPOSITORY / "examples/average_weights.py")
-    monkeypatch.setattr("sys.argv", [path, *map(str, arguments)])
-    runpy.run_path(path, run_name="__main__")
-
-
-def test_averaged_weights_lie_between_those_of_two_pipelines(tmp_path, monkeypatch, capsys):
-    parts = tiny_components()
-    UnifiedTextToImagePipeline(**parts).save_pretrained(tmp_path / "first")
-    before = {name: weight.clone() for name, weight in parts["transformer"].state_dict().items()}
-    with torch.no_grad():
-        for weight in parts["transformer"].parameters():
-            weight.add_(1.0)
-    UnifiedTextToImagePipeline(**parts).save_pretrained(tmp_path / "second")
-    folders = tmp_path / "first", tmp_path / "second"
-    average_weights(monkeypatch, *folders, "--share", 0.25, "--output", tmp_path / "mean")
-    found = load_pipeline(tmp_path / "mean").transformer.state_dict()
-    assert found.keys() == before.keys()
-    for name, weight in parts["transformer"].named_parameters():
-        expected = before[name] + 0.25 * (weight.detach() - before[name])
-        assert torch.allclose(found[name], expected, rtol=2**-7, atol=1e-3), name
-    with pytest.raises(SystemExit):
-        average_weights(monkeypatch, *folders, "--share", 2, "--output", tmp_path / "none")
-    assert "must lie in [0, 1]; got 2.0" in capsys.readouterr().err
-    assert not (tmp_path / "none").exists()
-
-
 def test_every_example_is_tested():
     found = {path.stem for path in (REPOSITORY / "examples").glob("*.py")}
-    assert found == {"all_tasks", "average_weights", "watch_denoising"}
+    assert found == {"all_tasks", "watch_denoising"}

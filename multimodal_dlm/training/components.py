@@ -25,6 +25,7 @@ from multimodal_dlm.schedulers import ConfidenceScheduler
 from multimodal_dlm.tasks import TASKS
 from multimodal_dlm.tokenizers.image import ImageTokenizer
 from multimodal_dlm.tokenizers.text import load_text_tokenizer, text_fingerprint
+from multimodal_dlm.training.averaging import average, check_same
 from multimodal_dlm.training.batches import BatchSource, CanvasBatches, PixelBatches
 from multimodal_dlm.training.config import ModelConfig, TrainConfig, plain
 from multimodal_dlm.training.initialisation import start_from_features
@@ -269,11 +270,14 @@ def _transformer_job(
         "scheduler": ConfidenceScheduler(),
     }
 
+    average_weights = _averaging(config, model, vocabulary)
+
     def export(trained: Any, path: Path) -> None:
         if has_lora(trained) and not config.lora.merge:
             save_lora(trained, path)
             return
         transformer = merged_copy(trained)
+        average_weights(transformer)
         UnifiedTextToImagePipeline(
             transformer=transformer.to(getattr(torch, config.export.dtype)).eval(),
             scheduler=components["scheduler"],
@@ -313,16 +317,9 @@ def _build_transformer(
 ) -> UnifiedTransformerModel:
     """New weights from the run's seed, or those of a saved backbone over the same vocabulary."""
     if config.model.init_from is not None:
-        folder = _folder("model.init_from", config.model.init_from)
-        inner = folder / "transformer"
-        model = UnifiedTransformerModel.from_pretrained(inner if inner.is_dir() else folder)
-        if model.vocabulary.fingerprint != vocabulary.fingerprint:
-            raise CheckpointError(
-                f"`model.init_from` must have been trained with the run's tokenizers; `{folder}`"
-                " has another vocabulary. Set `tokenizers` to those saved with it."
-            )
+        model = _saved_transformer("model.init_from", config.model.init_from, vocabulary)
         _check_start(config.model, model.config, model.layout)
-        return model.float()
+        return model
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
         options = {**get_preset(config.model.preset), **config.model.options}
@@ -332,6 +329,36 @@ def _build_transformer(
             )
         except TypeError as error:
             raise ConfigError(f"`model.options`: {error}.") from error
+
+
+def _saved_transformer(
+    name: str, path: str, vocabulary: UnifiedVocabulary
+) -> UnifiedTransformerModel:
+    """The backbone of a saved pipeline over the run's vocabulary, in float32."""
+    folder = _folder(name, path)
+    inner = folder / "transformer"
+    model = UnifiedTransformerModel.from_pretrained(inner if inner.is_dir() else folder)
+    if model.vocabulary.fingerprint != vocabulary.fingerprint:
+        raise CheckpointError(
+            f"`{name}` must have been trained with the run's tokenizers; `{folder}` has another"
+            " vocabulary. Set `tokenizers` to those saved with it."
+        )
+    return model.float()
+
+
+def _averaging(
+    config: TrainConfig, model: UnifiedTransformerModel, vocabulary: UnifiedVocabulary
+) -> Callable[[UnifiedTransformerModel], None]:
+    """What `export` does to the weights that are saved; what it needs is checked now."""
+    path, share = config.export.average_with, config.export.average_share
+    if path is None:
+        return lambda transformer: None
+
+    def other() -> UnifiedTransformerModel:
+        return _saved_transformer("export.average_with", path, vocabulary)
+
+    check_same(model, other())
+    return lambda transformer: average(transformer, other(), share)
 
 
 def _check_start(

@@ -214,12 +214,19 @@ class ExportConfig:
         dtype: Of the saved backbone.
         use_ema: Save the averaged weights.
         use_best: Save those of the best checkpoint instead of the last step's.
+        average_with: Pipeline whose backbone is averaged with the run's, such as the one before a
+            stage: a stage that is about one task takes something from the others, and the mean
+            often keeps most of both (Wortsman et al. 2022, arXiv 2109.01903, section 3). None for
+            the run's own weights. To try another share, run the finished run's command again.
+        average_share: Of the run's own weights in that mean, in [0, 1].
     """
 
     folder: str | None = None
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
     use_ema: bool = True
     use_best: bool = False
+    average_with: str | None = None
+    average_share: float = 0.5
 
 
 @dataclass(frozen=True)
@@ -312,6 +319,15 @@ class TrainConfig:
                 f" `checkpoint.best_metric`; got {self.evaluation.every_steps} and"
                 f" {self.checkpoint.best_metric}. Set both or export the last step."
             )
+        _share("export.average_share", self.export.average_share, "Use 0.5.")
+        if self.export.average_with is not None and (
+            self.model.component != "transformer" or (self.lora.rank and not self.lora.merge)
+        ):
+            raise ConfigError(
+                "`export.average_with` needs a whole backbone to average; got `model.component`"
+                f" {self.model.component} and `lora.merge` {self.lora.merge}. Leave it out, or set"
+                " `lora.merge`."
+            )
         _at_least("lora.rank", self.lora.rank, 0)
         if self.lora.rank and (
             self.model.init_from is None or self.model.component != "transformer"
@@ -355,6 +371,8 @@ RESUMABLE_CHANGES = (
     "data.micro_batch_size",
     "data.num_workers",
     "data.pack_length",
+    "export.average_share",
+    "export.average_with",
     "export.dtype",
     "export.folder",
     "export.use_best",
