@@ -128,15 +128,17 @@ def letters_canvas(columns: torch.Tensor, order: list[int]) -> Canvas:
     )
 
 
+@pytest.mark.parametrize("schedule", [None, {"letters": "cosine"}])
 @pytest.mark.parametrize("order", [[0, 0, 1, 1], [0, 1, 1, 2], [0, 1, 2, 3]])
-def test_a_perfect_denoiser_pays_the_entropy_block_by_block(order):
+def test_a_perfect_denoiser_pays_the_entropy_block_by_block(order, schedule):
     """Less would mean that a block sees its own clean copy, more that it misses an earlier one."""
     model = Oracle()
     entropy = -(model.joint * model.joint.log()).sum()
     repeats, total = 60, torch.zeros((), dtype=torch.float64)
     for index, row in enumerate(SEQUENCES):
         canvas = letters_canvas(row.expand(repeats, -1), order)
-        output = MaskedDiffusion()(model, canvas, generator=torch.Generator().manual_seed(index))
+        objective = MaskedDiffusion(mask_schedule=schedule)
+        output = objective(model, canvas, generator=torch.Generator().manual_seed(index))
         total = total + model.joint[index] * output.loss * len(order)
     assert bool(output.is_bound.all())
     tolerance = 1e-9 if order == [0, 1, 2, 3] else 0.02
