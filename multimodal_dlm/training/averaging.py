@@ -4,11 +4,14 @@ A stage that is about one task takes something from the others; a mean of the we
 after it often keeps most of both (Wortsman et al. 2022, arXiv 2109.01903, section 3).
 """
 
+from collections.abc import Mapping
+from typing import Any
+
 import torch
 
 from multimodal_dlm.errors import ConfigError
 from multimodal_dlm.models.transformer import UnifiedTransformerModel
-from multimodal_dlm.training.config import plain
+from multimodal_dlm.training.config import config_changes, plain
 
 
 @torch.no_grad()
@@ -28,17 +31,23 @@ def average(
             weight.lerp_(others[name], 1 - share)
 
 
-def check_same(transformer: UnifiedTransformerModel, other: UnifiedTransformerModel) -> None:
+def check_same(config: Mapping[str, Any], other: Mapping[str, Any]) -> None:
     """Refuse to average backbones of different configs.
+
+    Args:
+        config: Of the run's backbone.
+        other: Of the one it is averaged with.
 
     Raises:
         ConfigError: When an entry differs.
     """
-    for name, value in transformer.config.items():
-        found = other.config.get(name)
-        if not name.startswith("_") and plain(value) != plain(found):
-            raise ConfigError(
-                "`export.average_with` must be a backbone of the run's own config; got"
-                f" `{name}` {plain(value)!s:.60} and {plain(found)!s:.60} there. Name a pipeline"
-                " that the run started from, or another stage of it."
-            )
+    ours, theirs = (
+        {name: plain(value) for name, value in each.items() if not name.startswith("_")}
+        for each in (config, other)
+    )
+    for name, (value, found) in config_changes(ours, theirs).items():
+        raise ConfigError(
+            "`export.average_with` must be a backbone of the run's own config; got"
+            f" `{name}` {value!s:.60} and {found!s:.60} there. Name a pipeline that the run started"
+            " from, or another stage of it."
+        )

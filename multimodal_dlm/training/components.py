@@ -270,7 +270,7 @@ def _transformer_job(
         "scheduler": ConfidenceScheduler(),
     }
 
-    average_weights = _averaging(config, model, vocabulary)
+    average_weights = _averaging(config, model)
 
     def export(trained: Any, path: Path) -> None:
         if has_lora(trained) and not config.lora.merge:
@@ -317,9 +317,16 @@ def _build_transformer(
 ) -> UnifiedTransformerModel:
     """New weights from the run's seed, or those of a saved backbone over the same vocabulary."""
     if config.model.init_from is not None:
-        model = _saved_transformer("model.init_from", config.model.init_from, vocabulary)
+        folder = _backbone_folder("model.init_from", config.model.init_from)
+        model = UnifiedTransformerModel.from_pretrained(folder)
+        if model.vocabulary.fingerprint != vocabulary.fingerprint:
+            raise CheckpointError(
+                "`model.init_from` must have been trained with the run's tokenizers;"
+                f" `{config.model.init_from}` has another vocabulary. Set `tokenizers` to those"
+                " saved with it."
+            )
         _check_start(config.model, model.config, model.layout)
-        return model
+        return model.float()
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
         options = {**get_preset(config.model.preset), **config.model.options}
@@ -331,34 +338,35 @@ def _build_transformer(
             raise ConfigError(f"`model.options`: {error}.") from error
 
 
-def _saved_transformer(
-    name: str, path: str, vocabulary: UnifiedVocabulary
-) -> UnifiedTransformerModel:
-    """The backbone of a saved pipeline over the run's vocabulary, in float32."""
+def _backbone_folder(name: str, path: str) -> Path:
+    """The folder of a backbone, given it or its pipeline's."""
     folder = _folder(name, path)
     inner = folder / "transformer"
-    model = UnifiedTransformerModel.from_pretrained(inner if inner.is_dir() else folder)
-    if model.vocabulary.fingerprint != vocabulary.fingerprint:
-        raise CheckpointError(
-            f"`{name}` must have been trained with the run's tokenizers; `{folder}` has another"
-            " vocabulary. Set `tokenizers` to those saved with it."
-        )
-    return model.float()
+    return inner if inner.is_dir() else folder
 
 
 def _averaging(
-    config: TrainConfig, model: UnifiedTransformerModel, vocabulary: UnifiedVocabulary
+    config: TrainConfig, model: UnifiedTransformerModel
 ) -> Callable[[UnifiedTransformerModel], None]:
     """What `export` does to the weights that are saved; what it needs is checked now."""
     path, share = config.export.average_with, config.export.average_share
     if path is None:
         return lambda transformer: None
+    folder = _backbone_folder("export.average_with", path)
+    if Path(path).resolve() == config.export_folder.resolve():
+        raise ConfigError(
+            f"`export.average_with` must not be the folder of the export; got `{path}`, which this"
+            " run would overwrite. Set another `export.folder`."
+        )
+    saved: Any = UnifiedTransformerModel.load_config(folder)
+    with torch.device("meta"):  # Its config with the defaults of entries that came later.
+        check_same(model.config, UnifiedTransformerModel.from_config(saved).config)
 
-    def other() -> UnifiedTransformerModel:
-        return _saved_transformer("export.average_with", path, vocabulary)
+    def replace_weights(transformer: UnifiedTransformerModel) -> None:
+        other = UnifiedTransformerModel.from_pretrained(folder)
+        average(transformer, other.float(), share)
 
-    check_same(model, other())
-    return lambda transformer: average(transformer, other(), share)
+    return replace_weights
 
 
 def _check_start(

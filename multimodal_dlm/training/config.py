@@ -311,23 +311,7 @@ class TrainConfig:
             _at_least("data.micro_batch_size", self.data.micro_batch_size, 1)
         if self.data.pack_length is not None:
             _at_least("data.pack_length", self.data.pack_length, 1)
-        if self.export.use_best and not (
-            self.evaluation.every_steps and self.checkpoint.best_metric
-        ):
-            raise ConfigError(
-                "`export.use_best` needs `evaluation.every_steps` above 0 and a"
-                f" `checkpoint.best_metric`; got {self.evaluation.every_steps} and"
-                f" {self.checkpoint.best_metric}. Set both or export the last step."
-            )
-        _share("export.average_share", self.export.average_share, "Use 0.5.")
-        if self.export.average_with is not None and (
-            self.model.component != "transformer" or (self.lora.rank and not self.lora.merge)
-        ):
-            raise ConfigError(
-                "`export.average_with` needs a whole backbone to average; got `model.component`"
-                f" {self.model.component} and `lora.merge` {self.lora.merge}. Leave it out, or set"
-                " `lora.merge`."
-            )
+        self._check_export()
         _at_least("lora.rank", self.lora.rank, 0)
         if self.lora.rank and (
             self.model.init_from is None or self.model.component != "transformer"
@@ -351,6 +335,32 @@ class TrainConfig:
                 "`stability.spike_deviations` must not be negative; got"
                 f" {self.stability.spike_deviations}. Use 0 for none."
             )
+
+    def _check_export(self) -> None:
+        if self.export.use_best and not (
+            self.evaluation.every_steps and self.checkpoint.best_metric
+        ):
+            raise ConfigError(
+                "`export.use_best` needs `evaluation.every_steps` above 0 and a"
+                f" `checkpoint.best_metric`; got {self.evaluation.every_steps} and"
+                f" {self.checkpoint.best_metric}. Set both or export the last step."
+            )
+        _share("export.average_share", self.export.average_share, "Use 0.5.")
+        if self.export.average_with is not None and self.model.component != "transformer":
+            raise ConfigError(
+                "`export.average_with` needs `model.component` `transformer`; got"
+                f" `{self.model.component}`. Leave it out."
+            )
+        if self.export.average_with is not None and self.lora.rank and not self.lora.merge:
+            raise ConfigError(
+                "`export.average_with` needs whole weights to average; got `lora.rank`"
+                f" {self.lora.rank} and `lora.merge` false. Set `lora.merge`."
+            )
+
+    @property
+    def export_folder(self) -> Path:
+        """Where a finished run is saved."""
+        return Path(self.export.folder or Path(self.output_dir) / "pipeline")
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON and YAML values."""

@@ -105,7 +105,7 @@ def _run_log(output_dir: Path, *, is_main: bool) -> Iterator[None]:
 
 def _export(config: TrainConfig, job: Job, trainer: Trainer) -> Path:
     """Save the finished component, averaged if asked for, from the main process."""
-    folder = Path(config.export.folder or Path(config.output_dir) / "pipeline")
+    folder = config.export_folder
     model, ema = trainer.parallel.gathered(trainer.ema)
     if trainer.accelerator.is_main_process:
         best = best_checkpoint(trainer.keeper.folder) if config.export.use_best else None

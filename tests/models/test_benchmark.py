@@ -32,6 +32,7 @@ OPTIONS = {
         "--restores",
         "20",
     ],
+    "allocators": ["--steps", "2", "--rounds", "1"],
     "training_step": TINY_STEP,
     "text_to_image": ["--batches", "1", "2", "--repeats", "1", "--steps", "2", "--curve", "1"],
     "cached_pictures": ["--prompts", "1", "--steps", "3", "--repeats", "1", "--batches", "1"],
@@ -98,6 +99,19 @@ def test_a_training_step(report):
     logits = 128 * 2 * 9000 * 4 / 2**20  # float32, once; the full step holds several such
     assert memory["peak_mebibytes"]["full_logits"] - memory["peak_mebibytes"]["ours"] > logits
     assert memory["ratio"] < 0.5
+
+
+@pytest.mark.slow
+def test_allocators(report, tmp_path):
+    library = next((Path(torch.__file__).parent / "lib").glob("libgomp*"))
+    found = report("allocators", "--library", str(library))
+    assert found["ratio"] > 0
+    counts = {name: len(rates) for name, rates in found["tokens_per_second"].items()}
+    assert counts == {"glibc": 1, "other": 1}
+    assert found["config"]["library"] == library.name
+    (tmp_path / "no.so").write_text("no library")
+    with pytest.raises(SystemExit, match="no.so"):
+        report("allocators", "--library", str(tmp_path / "no.so"))
 
 
 def test_live_bytes_are_counted_to_the_byte(monkeypatch):
