@@ -360,7 +360,8 @@ def _averaging(
         )
     saved: Any = UnifiedTransformerModel.load_config(folder)
     with torch.device("meta"):  # Its config with the defaults of entries that came later.
-        check_same(model.config, UnifiedTransformerModel.from_config(saved).config)
+        other: Any = UnifiedTransformerModel.from_config(saved)
+    check_same(model.config, other.config)
 
     def replace_weights(transformer: UnifiedTransformerModel) -> None:
         other = UnifiedTransformerModel.from_pretrained(folder)
