@@ -317,7 +317,7 @@ def _build_transformer(
 ) -> UnifiedTransformerModel:
     """New weights from the run's seed, or those of a saved backbone over the same vocabulary."""
     if config.model.init_from is not None:
-        folder = _backbone_folder("model.init_from", config.model.init_from)
+        folder = backbone_folder("model.init_from", config.model.init_from)
         model = UnifiedTransformerModel.from_pretrained(folder)
         if model.vocabulary.fingerprint != vocabulary.fingerprint:
             raise CheckpointError(
@@ -338,8 +338,16 @@ def _build_transformer(
             raise ConfigError(f"`model.options`: {error}.") from error
 
 
-def _backbone_folder(name: str, path: str) -> Path:
-    """The folder of a backbone, given it or its pipeline's."""
+def backbone_folder(name: str, path: str) -> Path:
+    """The folder of a saved backbone.
+
+    Args:
+        name: Of the setting, for the error.
+        path: That folder, or its pipeline's.
+
+    Raises:
+        ConfigError: When there is no such folder.
+    """
     folder = _folder(name, path)
     inner = folder / "transformer"
     return inner if inner.is_dir() else folder
@@ -352,7 +360,7 @@ def _averaging(
     path, share = config.export.average_with, config.export.average_share
     if path is None:
         return lambda transformer: None
-    folder = _backbone_folder("export.average_with", path)
+    folder = backbone_folder("export.average_with", path)
     if Path(path).resolve() == config.export_folder.resolve():
         raise ConfigError(
             f"`export.average_with` must not be the folder of the export; got `{path}`, which this"

@@ -23,7 +23,7 @@ from multimodal_dlm.precision import bf16_support, resolve_precision
 from multimodal_dlm.tokenizers.image import ImageTokenizer
 from multimodal_dlm.tokenizers.text import load_text_tokenizer
 from multimodal_dlm.training.batches import iterate_steps
-from multimodal_dlm.training.components import build_job, build_vocabulary
+from multimodal_dlm.training.components import backbone_folder, build_job, build_vocabulary
 from multimodal_dlm.training.config import TokenizersConfig, TrainConfig
 from multimodal_dlm.training.costs import (
     ADAM_BYTES,
@@ -337,9 +337,8 @@ def _open_backbone(config: TrainConfig) -> tuple[Any, dict[str, int], dict[str, 
     layout = make_layout(max_text=config.model.max_text, num_image_tokens=num_image_tokens)
     with torch.device("meta"):
         if config.model.init_from is not None:
-            start = _existing("model.init_from", config.model.init_from)
-            inner = start / "transformer"
-            saved: Any = UnifiedTransformerModel.load_config(inner if inner.is_dir() else start)
+            start = backbone_folder("model.init_from", config.model.init_from)
+            saved: Any = UnifiedTransformerModel.load_config(start)
             model = UnifiedTransformerModel.from_config(saved)
         else:
             options = {**get_preset(config.model.preset), **config.model.options}
@@ -432,9 +431,3 @@ def _longest_step(
     work = Work(rows, length, free, _most_levels(rows))
     tokens = float(config.data.batch_size * length)
     return StepShape(tokens, tokens, _average([work]), work, False)
-
-
-def _existing(name: str, path: str) -> Path:
-    if not Path(path).is_dir():
-        raise ConfigError(f"`{name}` must be a folder; there is no `{path}`. Give its path.")
-    return Path(path)
