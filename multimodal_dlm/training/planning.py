@@ -8,7 +8,6 @@ caller states; the network between devices is not modelled.
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import torch
